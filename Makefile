@@ -1,0 +1,34 @@
+# Everything runs in .venv, which is made on first use. PYTHON chooses the interpreter (3.11 or newer).
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+DEMO := digits_cnn6_tanh_cosine
+
+.PHONY: demo test lint bench setup clean
+
+setup: $(VENV)/ready
+
+$(VENV)/ready: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	touch $@
+
+demo: setup  ## Train, test, export, load and use a decoupled CNN on real digits.
+	rm -rf outputs/demo
+	$(RUN) train.py fit --config configs/$(DEMO).yaml --checkpoint.dirpath outputs/demo
+	$(RUN) train.py test --config configs/$(DEMO).yaml --ckpt_path outputs/demo/best.ckpt
+	$(RUN) -m zoo export outputs/demo/best.ckpt $(DEMO) --to outputs/demo
+	$(RUN) -m zoo demo outputs/demo/$(DEMO) --output outputs/demo.png
+
+test: setup lint  ## Run all tests but the slow sweeps.
+	$(RUN) -m pytest -m "not slow" --durations=10
+
+lint: setup
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+
+bench: setup  ## Time and memory of a decoupled network beside its plain twin.
+	$(RUN) benchmarks/layers.py
+
+clean:
+	rm -rf $(VENV) outputs

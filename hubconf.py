@@ -1,0 +1,102 @@
+"""Entry points of ``torch.hub``: one for each embedded checkpoint, one for each architecture, and ``checkpoint``.
+
+torch.hub.load("ORG/decoupled-zoo", "digits_cnn6_tanh_cosine", trust_repo=True)
+torch.hub.load("path/of/this/folder", "resnet20", operator="ball_cosine", source="local")
+"""
+
+import json as _json
+import sys as _sys
+from pathlib import Path as _Path
+
+dependencies = ["torch", "torchvision", "timm", "safetensors", "PIL"]
+
+_HERE = _Path(__file__).resolve().parent
+
+_ARCHITECTURES = {
+    "cnn6": "Three blocks of two 3×3 convolutions, 32-64-128 filters, for small images.",
+    "cnn9": "The paper's plain CNN: three blocks of three 3×3 convolutions and a 512-wide hidden layer.",
+    "resnet20": "ResNet-20 for 32×32 images, 16-32-64 filters.",
+    "resnet32": "ResNet-32 for 32×32 images, 16-32-64 filters.",
+    "resnet32_wide": "The authors' ResNet-32, 96-192-384 filters.",
+    "resnet18_modified": "The authors' modified ResNet-18 for ImageNet.",
+}
+
+
+def checkpoint(where, num_classes=None, in_chans=None, device=None):
+    """Load a checkpoint folder, or an embedded checkpoint by name, in evaluation mode.
+
+    Args:
+        where: the folder's path, or the name.
+        num_classes: another number than the checkpoint's gives a fresh, untrained classifier.
+        in_chans: another number spreads the first convolution's filters over that many channels.
+        device: where the model is put; the CPU by default.
+    """
+    return _zoo().load(where, num_classes=num_classes, in_chans=in_chans, device=device)
+
+
+def _zoo():
+    """Import this folder's ``zoo``, or say which other module took its name."""
+    for name in ("operators", "zoo"):
+        module = _sys.modules.get(name)
+        if module is None:
+            continue
+        place = getattr(module, "__file__", None) or next(iter(getattr(module, "__path__", [])), None)
+        if place is None or _HERE not in _Path(place).resolve().parents:
+            raise RuntimeError(
+                f"another module named {name!r} was imported first, from {place}; decoupled-zoo needs its own. "
+                f"Load the model in a fresh Python process before importing yours, rename yours, or forget it first: "
+                f"import sys; [sys.modules.pop(m) for m in list(sys.modules) if m.split('.')[0] == {name!r}]"
+            )
+    import zoo
+
+    return zoo
+
+
+def _checkpoint_entry(name, config):
+    def entry(pretrained=True, num_classes=None, device=None):
+        zoo = _zoo()
+        if pretrained:
+            return zoo.load(name, num_classes=num_classes, device=device)
+        return zoo.load_untrained(name, num_classes=num_classes, device=device)
+
+    measured = "; ".join(
+        f"{m['name']} {m['value']:.4f} on {m['images']:,} images of {m['dataset']}'s {m['split']} split"
+        for m in config["metrics"]
+    )
+    entry.__name__ = name
+    entry.__doc__ = f"""{config["architecture"]} for {len(config["class_names"])} classes. {measured}.
+
+    It takes images (N, {config["in_chans"]}, {config["input_size"]}, {config["input_size"]}) in [0, 1];
+    ``model.transform`` makes one from a PIL image.
+
+    Args:
+        pretrained: load the trained weights (evaluation mode), or start afresh (training mode).
+        num_classes: another number than {len(config["class_names"])} gives a fresh, untrained classifier.
+        device: where the model is put; the CPU by default.
+    """
+    return entry
+
+
+def _architecture_entry(name, description):
+    def entry(operator="conv", num_classes=10, in_chans=3, device=None, **arguments):
+        model = _zoo().build(name, operator, num_classes=num_classes, in_chans=in_chans, **arguments)
+        return model.to(device)
+
+    entry.__name__ = name
+    entry.__doc__ = f"""{description} Freshly initialised, in training mode.
+
+    Args:
+        operator: "conv" for ordinary convolutions, or a decoupled operator such as "tanh_cosine".
+        num_classes: number of logits.
+        in_chans: channels of the images.
+        device: where the model is put; the CPU by default.
+        arguments: further arguments of ``zoo.build``.
+    """
+    return entry
+
+
+for _name, _description in _ARCHITECTURES.items():
+    globals()[_name] = _architecture_entry(_name, _description)
+for _path in sorted((_HERE / "zoo" / "pretrained").glob("*/config.json")):
+    _name = _path.parent.name
+    globals()[_name] = _checkpoint_entry(_name, _json.loads(_path.read_text(encoding="utf-8")))

@@ -1,0 +1,22 @@
+"""Decoupled convolutions ``h(‖w‖, ‖x‖) · g(θ)`` and the converter that puts them into a network. Needs only torch."""
+
+from operators.angular import ANGULARS
+from operators.conv import DecoupledConv2d, OperatorConfig
+from operators.convert import ConversionReport, convert_decoupled, revert
+from operators.functional import decoupled_conv2d, filter_norm, patch_norm
+from operators.magnitude import MAGNITUDES, RADIUS_MODES, WEIGHTINGS
+
+__all__ = [
+    "ANGULARS",
+    "MAGNITUDES",
+    "RADIUS_MODES",
+    "WEIGHTINGS",
+    "ConversionReport",
+    "DecoupledConv2d",
+    "OperatorConfig",
+    "convert_decoupled",
+    "decoupled_conv2d",
+    "filter_norm",
+    "patch_norm",
+    "revert",
+]

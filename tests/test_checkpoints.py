@@ -1,0 +1,244 @@
+"""Checkpoint folders: what is saved comes back, and nothing wrong is ever loaded."""
+
+import hashlib
+import json
+import shutil
+
+import pytest
+import safetensors.torch
+import torch
+
+import zoo
+from zoo.checkpoints import PRETRAINED
+
+NAME = "digits_cnn6_tanh_cosine"
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    operator = {"name": "tanh_cosine", "radius_mode": "learned", "radius_relative": True}
+    model = zoo.build("cnn6", operator, in_chans=1, class_names=[f"digit {label}" for label in range(10)])
+    model(torch.rand(32, 1, 8, 8))
+    return model.eval()
+
+
+@pytest.fixture
+def folder(model, tmp_path):
+    return zoo.save(model, tmp_path / NAME, metrics=[zoo.Metric("accuracy", 0.5, "Digits", "test", 4)])
+
+
+def edit_config(folder, **changes):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+
+
+def replace_weights(folder, data):
+    """Put other bytes in place of the weights, with a hash that fits, so that the later checks are reached."""
+    (folder / "model.safetensors").write_bytes(data)
+    edit_config(folder, sha256=hashlib.sha256(data).hexdigest())
+
+
+def test_what_is_saved_comes_back(model, folder):
+    loaded = zoo.load(folder)
+    images = torch.rand(5, 1, 8, 8)
+    assert torch.equal(loaded(images), model(images))
+    assert loaded.spec == model.spec and not loaded.training
+    assert all(torch.equal(value, model.state_dict()[key]) for key, value in loaded.state_dict().items())
+    assert zoo.verify(folder) == []
+    assert sorted(path.name for path in folder.iterdir()) == ["README.md", "config.json", "model.safetensors"]
+
+
+def test_equal_weights_give_equal_bytes(model, folder, tmp_path):
+    again = zoo.save(zoo.load(folder), tmp_path / "again" / NAME)
+    assert (again / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+
+
+def test_a_half_written_folder_never_shows(model, folder, monkeypatch):
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    monkeypatch.setattr("zoo.checkpoints.model_card", lambda config: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        zoo.save(model, folder, overwrite=True)
+    with pytest.raises(ZeroDivisionError):
+        zoo.save(model, folder.parent / "new")
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert [path.name for path in folder.parent.iterdir()] == [NAME]
+
+
+def test_an_existing_folder_is_replaced_only_on_request(model, folder):
+    with pytest.raises(FileExistsError, match="overwrite=True"):
+        zoo.save(model, folder)
+    zoo.save(model, folder, overwrite=True, licence="CC-BY-4.0")
+    assert json.loads((folder / "config.json").read_text())["licence"] == "CC-BY-4.0"
+    assert [path.name for path in folder.parent.iterdir()] == [NAME]
+
+
+def test_weights_that_are_not_finite_are_not_saved(model, tmp_path):
+    with torch.no_grad():
+        model.network.fc.bias[0] = float("nan")
+    with pytest.raises(ValueError, match="fc.bias has values that are not finite"):
+        zoo.save(model, tmp_path / NAME)
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(ValueError, match="got Linear"):
+        zoo.save(torch.nn.Linear(1, 1), tmp_path / NAME)
+
+
+def test_fresh_classifier_and_other_channels(model, folder):
+    with pytest.warns(UserWarning, match="fresh classifier for 4 classes"):
+        four = zoo.load(folder, num_classes=4)
+    assert four(torch.rand(2, 1, 8, 8)).shape == (2, 4) and four.class_names == ("0", "1", "2", "3")
+    assert torch.equal(four.network.features[0].weight, model.network.features[0].weight)
+    with pytest.warns(UserWarning, match="takes 3 channels, not 1"):
+        coloured = zoo.load(folder, in_chans=3)
+    assert coloured(torch.rand(2, 3, 8, 8)).shape == (2, 10) and not coloured.training
+    assert torch.equal(zoo.load(folder, num_classes=10, in_chans=1).network.fc.weight, model.network.fc.weight)
+
+
+@pytest.mark.parametrize("operator", ["conv", "sphere_cosine", {"name": "linear_cosine", "weighting": "linear"}])
+@pytest.mark.parametrize(("old", "new"), [(1, 3), (3, 1)])
+def test_grey_images_look_the_same_to_a_network_of_other_channels(tmp_path, operator, old, new):
+    torch.manual_seed(0)
+    grey = zoo.build("cnn6", operator, in_chans=old, mean=[0.4] * old, std=[0.3] * old).eval()
+    zoo.save(grey, tmp_path / NAME)
+    with pytest.warns(UserWarning):
+        adapted = zoo.load(tmp_path / NAME, in_chans=new)
+    images = torch.rand(4, 1, 8, 8)
+    expected = grey(images.expand(-1, old, -1, -1))
+    # SphereConv sees eps beside a patch norm that the number of channels changes.
+    tolerance = 1e-2 if operator == "sphere_cosine" else 1e-5
+    torch.testing.assert_close(adapted(images.expand(-1, new, -1, -1)), expected, rtol=tolerance, atol=tolerance)
+
+
+def test_every_flipped_bit_of_the_weights_is_found(folder):
+    path = folder / "model.safetensors"
+    data = path.read_bytes()
+    for position in range(0, len(data), len(data) // 25):
+        path.write_bytes(data[:position] + bytes([data[position] ^ 1]) + data[position + 1 :])
+        with pytest.raises(zoo.CheckpointError, match="model.safetensors has sha256 .* damaged or changed; fetch"):
+            zoo.load(folder)
+
+
+@pytest.mark.parametrize("length", [0, 4, 8, 100, -1])
+def test_a_truncated_file_is_refused_even_if_its_hash_fits(folder, length):
+    replace_weights(folder, (folder / "model.safetensors").read_bytes()[:length])
+    with pytest.raises(zoo.CheckpointError, match="safetensors"):
+        zoo.load(folder)
+
+
+def header(text: bytes) -> bytes:
+    return len(text).to_bytes(8, "little") + text
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"\x80\x04\x95 a pickle", "header does not fit"),
+        (header(b"not json"), "malformed header"),
+        (header(b"[" * 100_000), "malformed header"),
+        (header(b'{"a": {}, "a": {}}'), "names 2 tensors, 1 of them different"),
+        (header(b"{" + b",".join(b'"%d": {}' % n for n in range(6000)) + b"}"), "names 6000 tensors"),
+        (header(b"{}" + b" " * (1 << 20)), "header does not fit"),
+        (header(b'{"a": {"dtype": "F32", "shape": [9], "data_offsets": [0, 36]}}'), "not a safetensors file"),
+    ],
+)
+def test_a_malformed_file_is_refused(folder, data, message):
+    replace_weights(folder, data)
+    with pytest.raises(zoo.CheckpointError, match=message):
+        zoo.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda tensors: tensors.pop("fc.bias"), "missing fc.bias"),
+        (lambda tensors: tensors.update(extra=torch.zeros(1)), "unexpected extra"),
+        (lambda tensors: tensors.update({"fc.bias": torch.zeros(11)}), r"fc.bias has shape \(11,\), not \(10,\)"),
+        (lambda tensors: tensors.update({"fc.bias": torch.zeros(10).double()}), "fc.bias has dtype torch.float64"),
+        (lambda tensors: tensors["fc.bias"].fill_(float("inf")), "fc.bias has values that are not finite"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_named(model, folder, change, message):
+    tensors = dict(model.network.state_dict())
+    change(tensors)
+    replace_weights(folder, safetensors.torch.save(tensors))
+    with pytest.raises(zoo.CheckpointError, match=message):
+        zoo.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"schema": 99}, "schema 99, this version reads 1; update decoupled-zoo"),
+        ({"sha256": None}, "'sha256' is missing or malformed"),
+        ({"architecture": "cnn7"}, "describes no model that can be built: unknown architecture 'cnn7'.*cnn6"),
+        ({"operator": {"name": "tanh_cosine", "radiu": 1}}, "unknown operator setting 'radiu'.*radius"),
+        ({"mean": [0.5, 0.5]}, "mean needs one number for each"),
+        ({"class_names": ["only", "two"]}, r"fc.bias has shape \(10,\), not \(2,\)"),
+    ],
+)
+def test_a_config_that_is_wrong_is_named(folder, changes, message):
+    edit_config(folder, **changes)
+    with pytest.raises(zoo.CheckpointError, match=message):
+        zoo.load(folder)
+
+
+def test_missing_files_are_named(folder, tmp_path):
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(zoo.CheckpointError, match="model.safetensors is missing"):
+        zoo.load(folder)
+    (folder / "config.json").write_text("{")
+    with pytest.raises(zoo.CheckpointError, match="config.json is not JSON"):
+        zoo.load(folder)
+    (folder / "config.json").unlink()
+    with pytest.raises(zoo.CheckpointError, match="config.json is missing: .* is no checkpoint folder"):
+        zoo.load(folder)
+
+
+def test_an_unknown_name_lists_the_legal_ones_and_the_nearest():
+    with pytest.raises(ValueError, match=f"unknown checkpoint 'digits_cnn6_tan_cosine'. Did you mean '{NAME}'"):
+        zoo.load("digits_cnn6_tan_cosine")
+    with pytest.raises(ValueError, match="hf download owner/name --local-dir"):
+        zoo.load("owner/name")
+
+
+def test_verify_finds_what_is_not_as_claimed(tmp_path):
+    folder = shutil.copytree(PRETRAINED / NAME, tmp_path / NAME)
+    operator = json.loads((folder / "config.json").read_text())["operator"]
+    edit_config(folder, operator={**operator, "eps": 1e-3})
+    assert any("fingerprint" in problem for problem in zoo.verify(folder))
+    edit_config(folder, operator=operator)
+    assert zoo.verify(folder) == []
+    (folder / "README.md").write_text("another card")
+    assert zoo.verify(folder) == ["README.md: not the card that config.json gives; save the model again"]
+
+
+def test_verify_measures_accuracy_on_request(model, folder):
+    images = torch.rand(4, 1, 8, 8)
+    right = model(images).argmax(1)
+    labels = torch.cat([right[:2], (right[2:] + 1) % 10])
+    assert zoo.verify(folder, [(images[:3], labels[:3]), (images[3:], labels[3:])]) == []
+    assert "accuracy on 4 test images is 1.0000" in zoo.verify(folder, [(images, right)])[0]
+    assert "on 3 test images" in zoo.verify(folder, [(images[:3], labels[:3])])[0]
+    with pytest.raises(ValueError, match="records no accuracy on the split 'val'"):
+        zoo.verify(folder, [(images, labels)], split="val")
+
+
+@pytest.mark.parametrize("name", zoo.list_checkpoints())
+def test_an_embedded_checkpoint_is_what_it_claims(name):
+    folder = PRETRAINED / name
+    assert zoo.verify(name) == []
+    config = json.loads((folder / "config.json").read_text())
+    assert config["name"] == name
+    assert {metric["split"] for metric in config["metrics"]} == {"val", "test"}
+    assert {"command", "seed", "commit", "hardware", "epochs", "data"} <= set(config["training"])
+    assert sum(path.stat().st_size for path in folder.iterdir()) <= 4 * 2**20
+    model = zoo.load(name)
+    assert name.endswith(f"_{model.spec.architecture}_{model.spec.operator_name}")
+    assert f"{name.removesuffix(model.spec.operator_name)}conv" in zoo.list_checkpoints()
+
+
+def test_the_embedded_checkpoints_are_small_and_whole(tmp_path):
+    assert set(zoo.list_checkpoints()) >= {"digits_cnn6_tanh_cosine", "digits_cnn6_sphere_cosine", "digits_cnn6_conv"}
+    assert sum(path.stat().st_size for path in PRETRAINED.rglob("*") if path.is_file()) <= 40 * 2**20
+    copy = shutil.copytree(PRETRAINED / NAME, tmp_path / "elsewhere" / NAME)
+    assert zoo.load(copy).spec == zoo.load(NAME).spec

@@ -1,0 +1,109 @@
+"""Imports run downward only, ``operators`` is light, and loading a model never imports lightning."""
+
+import ast
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# A file may import only from files of a lower rank.
+RANKS = {
+    "operators/lookup.py": 0,
+    "operators/running_norm.py": 0,
+    "operators/magnitude.py": 1,
+    "operators/angular.py": 1,
+    "operators/functional.py": 2,
+    "operators/conv.py": 3,
+    "operators/convert.py": 4,
+    "operators/__init__.py": 5,
+    "zoo/architectures/network.py": 6,
+    "zoo/architectures/cnn.py": 6.1,
+    "zoo/architectures/resnet.py": 6.1,
+    "zoo/architectures/__init__.py": 6.2,
+    "zoo/transforms.py": 6,
+    "zoo/models.py": 7,
+    "zoo/cards.py": 7,
+    "zoo/checkpoints.py": 8,
+    "zoo/__init__.py": 9,
+    "zoo/data.py": 10,
+    "zoo/callbacks.py": 10,
+    "zoo/plots.py": 10,
+    "zoo/classifier.py": 10.1,
+    "zoo/cli.py": 10.2,
+    "zoo/__main__.py": 10.3,
+    "train.py": 11,
+    "hubconf.py": 11,
+}
+SOURCES = sorted(
+    str(path.relative_to(ROOT))
+    for path in [*ROOT.glob("operators/**/*.py"), *ROOT.glob("zoo/**/*.py"), ROOT / "train.py", ROOT / "hubconf.py"]
+)
+
+
+def imported_files(source: str) -> set[str]:
+    """Return the project's files that a file imports, as paths from the root."""
+    found = set()
+    for node in ast.walk(ast.parse((ROOT / source).read_text(encoding="utf-8"))):
+        modules = []
+        if isinstance(node, ast.Import):
+            modules = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{source}: imports are absolute"
+            submodules = [f"{node.module}.{alias.name}" for alias in node.names]
+            modules = [name for name in submodules if path_of(name)] or [node.module]
+        found |= {path_of(module) for module in modules} - {None}
+    return found
+
+
+def path_of(module: str) -> str | None:
+    base = module.replace(".", "/")
+    return next((path for path in (f"{base}.py", f"{base}/__init__.py") if (ROOT / path).is_file()), None)
+
+
+def test_every_file_has_a_rank():
+    assert SOURCES == sorted(RANKS)
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_imports_run_downward(source):
+    wrong = {path for path in imported_files(source) if RANKS[path] >= RANKS[source]}
+    assert not wrong, f"{source} imports {wrong}"
+
+
+def run(code: str) -> str:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout
+
+
+def test_operators_need_only_torch():
+    assert run(
+        "import sys, torch; before = set(sys.modules); import operators; "
+        "print(sorted({name.split('.')[0] for name in set(sys.modules) - before} - {'operators'}))"
+    ) in ("[]\n", "['concurrent']\n")
+
+
+def test_importing_zoo_and_loading_a_checkpoint_imports_no_lightning():
+    assert (
+        run(
+            "import sys, zoo; [zoo.load(name) for name in zoo.list_checkpoints()]; "
+            "print([name for name in sys.modules if name.split('.')[0] in ('lightning', 'pytorch_lightning')])"
+        )
+        == "[]\n"
+    )
+
+
+def test_every_dependency_has_a_floor():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    requirements = project["dependencies"] + project["optional-dependencies"]["dev"]
+    assert [requirement for requirement in requirements if ">=" not in requirement] == []
+
+
+def test_nothing_of_this_machine_is_committed():
+    files = subprocess.run(["git", "ls-files"], capture_output=True, text=True, cwd=ROOT).stdout.split()
+    if not files:
+        pytest.skip("not a git checkout")
+    too_large = [name for name in files if (ROOT / name).is_file() and (ROOT / name).stat().st_size > 4 * 2**20]
+    assert too_large == []

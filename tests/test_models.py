@@ -1,0 +1,189 @@
+"""Architectures, ``build``, and the model that normalises its own images."""
+
+import copy
+import pickle
+
+import numpy
+import pytest
+import timm
+import torch
+from PIL import Image
+from torch import nn
+
+import zoo
+from operators import DecoupledConv2d, OperatorConfig
+from zoo.models import ARCHITECTURES, ModelSpec
+
+# Parameters counted by hand from the architecture's description, with 3 channels and 10 (1000) classes.
+PARAMETERS = {
+    "cnn6": 27 * 32 + 9 * (32 * 32 + 32 * 64 + 64 * 64 + 64 * 128 + 128 * 128) + 2 * 2 * (32 + 64 + 128) + 1290,
+    "cnn9": 27 * 64
+    + 9 * (2 * 64 * 64 + 64 * 128 + 2 * 128 * 128 + 128 * 256 + 2 * 256 * 256)
+    + 2 * 3 * (64 + 128 + 256)
+    + (4096 * 512 + 512)
+    + 2 * 512
+    + 5130,
+    "resnet20": 27 * 16
+    + 9 * (6 * 16 * 16 + 16 * 32 + 5 * 32 * 32 + 32 * 64 + 5 * 64 * 64)
+    + 2 * (7 * 16 + 6 * 32 + 6 * 64)
+    + 650,
+    "resnet32": 27 * 16
+    + 9 * (10 * 16 * 16 + 16 * 32 + 9 * 32 * 32 + 32 * 64 + 9 * 64 * 64)
+    + 2 * (11 * 16 + 10 * 32 + 10 * 64)
+    + 650,
+    "resnet32_wide": 27 * 96
+    + 9 * (10 * 96 * 96 + 96 * 192 + 9 * 192 * 192 + 192 * 384 + 9 * 384 * 384)
+    + 2 * (11 * 96 + 10 * 192 + 10 * 384)
+    + 3850,
+    "resnet18_modified": 147 * 128
+    + 9 * (2 * 128**2 + 128 * 256 + 4 * 256**2 + 256 * 512 + 6 * 512**2 + 512 * 1024 + 2 * 1024**2)
+    + 3 * (3 * 128 + 5 * 256 + 7 * 512 + 3 * 1024)
+    + 1025 * 1000,
+}
+CONVOLUTIONS = {"cnn6": 6, "cnn9": 9, "resnet20": 19, "resnet32": 31, "resnet32_wide": 31, "resnet18_modified": 18}
+
+
+@pytest.mark.parametrize("name", sorted(ARCHITECTURES))
+def test_an_architecture_is_what_its_description_says(name):
+    network = ARCHITECTURES[name]()
+    assert sum(parameter.numel() for parameter in network.parameters()) == PARAMETERS[name]
+    assert sum(isinstance(module, nn.Conv2d) for module in network.modules()) == CONVOLUTIONS[name]
+    size = min(network.input_size, 64)
+    features = network.eval()(torch.randn(2, 3, size, size))
+    assert features.shape == (2, network.num_classes)
+
+
+@pytest.mark.parametrize("name", sorted(ARCHITECTURES))
+def test_an_architecture_speaks_timm(name):
+    network = timm.create_model(name, num_classes=7, in_chans=1).eval()
+    images = torch.randn(2, 1, min(network.input_size, 64), min(network.input_size, 64))
+    features = network.forward_features(images)
+    assert torch.equal(network.forward_head(features), network(images))
+    assert network.forward_head(features, pre_logits=True).shape == (2, network.num_features)
+    network.reset_classifier(3)
+    assert network(images).shape == (2, 3) and network.get_classifier().out_features == 3
+    network.reset_classifier(0)
+    assert network(images).shape == (2, network.num_features)
+    with pytest.raises(ValueError, match="zoo.load"):
+        timm.create_model(name, pretrained=True)
+
+
+def test_layers_of_the_plain_cnn_follow_its_switches():
+    bare = ARCHITECTURES["cnn9"](batch_norm=False, relu=False)
+    assert not any(isinstance(module, nn.BatchNorm2d | nn.BatchNorm1d | nn.ReLU) for module in bare.modules())
+    assert all(module.bias is not None for module in bare.modules() if isinstance(module, nn.Conv2d))
+    full = ARCHITECTURES["cnn9"]()
+    assert sum(isinstance(module, nn.BatchNorm2d) for module in full.modules()) == 9
+    assert all(module.bias is None for module in full.modules() if isinstance(module, nn.Conv2d))
+    assert [module.kernel_size for module in full.modules() if isinstance(module, nn.MaxPool2d)] == [2, 2, 2]
+
+
+def test_the_modified_resnet_changes_width_by_plain_convolutions():
+    network = ARCHITECTURES["resnet18_modified"]()
+    strided = [module for module in network.modules() if isinstance(module, nn.Conv2d) and module.stride == (2, 2)]
+    assert [(layer.in_channels, layer.out_channels, layer.kernel_size[0]) for layer in strided] == [
+        (3, 128, 7),
+        (128, 256, 3),
+        (256, 512, 3),
+        (512, 1024, 3),
+    ]
+    assert sum(isinstance(module, nn.PReLU) for module in network.modules()) == 18
+
+
+def test_the_residual_shortcut_is_the_identity_padded_with_zero_channels():
+    block = ARCHITECTURES["resnet20"]().blocks[3]
+    for convolution in (block.conv1, block.conv2):
+        nn.init.zeros_(convolution.weight)
+    x = torch.rand(2, 16, 8, 8)
+    out = block.eval()(x)
+    assert torch.equal(out[:, 8:24], x[..., ::2, ::2])
+    assert not out[:, :8].any() and not out[:, 24:].any()
+
+
+@pytest.mark.parametrize("name", [*sorted(ARCHITECTURES), "resnet18", "mobilenetv3_small_050"])
+def test_build_converts_the_architecture(name):
+    model = zoo.build(name, "tanh_cosine", num_classes=4, in_chans=3)
+    assert any(isinstance(module, DecoupledConv2d) for module in model.modules())
+    assert model.training and len(model.class_names) == 4
+    assert ModelSpec.from_dict(model.spec.to_dict()) == model.spec
+    rebuilt = model.spec.build()
+    rebuilt.load_state_dict(model.state_dict())
+
+
+def test_build_passes_a_configured_operator_and_arguments_on():
+    operator = OperatorConfig("seg", "cosine", radius=2.0, radius_mode="learned", weighting="linear")
+    model = zoo.build("cnn9", operator, batch_norm=False, input_size=28, in_chans=1)
+    layers = [module for module in model.modules() if isinstance(module, DecoupledConv2d)]
+    assert all(layer.operator == operator for layer in layers) and len(layers) == 9
+    assert model(torch.rand(2, 1, 28, 28)).shape == (2, 10)
+    assert model.spec.input_size == 28 and model.spec.model_args == {"batch_norm": False}
+
+
+def test_the_model_normalises_its_images():
+    model = zoo.build("cnn6", "conv", in_chans=3, mean=[0.1, 0.2, 0.3], std=[0.5, 0.6, 0.7]).eval()
+    images = torch.rand(2, 3, 8, 8)
+    mean, std = torch.tensor([0.1, 0.2, 0.3]), torch.tensor([0.5, 0.6, 0.7])
+    by_hand = (images.permute(0, 2, 3, 1) - mean) / std
+    assert torch.allclose(model(images), model.network(by_hand.permute(0, 3, 1, 2)), atol=1e-6)
+
+
+@pytest.mark.parametrize("in_chans", [1, 3])
+@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "P", "1", "CMYK"])
+@pytest.mark.parametrize("size", [(8, 8), (20, 13), (5, 30)])
+def test_transform_makes_what_the_model_takes(in_chans, mode, size):
+    pixels = numpy.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=numpy.uint8)
+    image = Image.fromarray(pixels).convert(mode)
+    model = zoo.build("cnn6", "sphere_cosine", in_chans=in_chans).eval()
+    tensor = model.transform(image)
+    assert tensor.shape == (in_chans, 8, 8) and 0 <= tensor.min() and tensor.max() <= 1
+    assert model(tensor[None]).shape == (1, 10)
+    if mode == "RGB" and size == (8, 8) and in_chans == 3:
+        assert torch.equal(tensor, torch.from_numpy(pixels).permute(2, 0, 1) / 255)
+
+
+def test_images_that_do_not_fit_are_refused():
+    model = zoo.build("cnn6", "tanh_cosine", in_chans=1).eval()
+    with pytest.raises(TypeError, match=r"floats in \[0, 1\], got torch.uint8; use image.float\(\) / 255"):
+        model(torch.zeros(1, 1, 8, 8, dtype=torch.uint8))
+    with pytest.raises(ValueError, match=r"shape \(N, 1, H, W\), got \(1, 3, 8, 8\).*model.transform"):
+        model(torch.rand(1, 3, 8, 8))
+    with pytest.raises(ValueError, match=r"in \[0, 1\], got values from 0 to 255; divide bytes by 255"):
+        model(torch.tensor([0.0, 255.0]).repeat(32).view(1, 1, 8, 8))
+    with pytest.raises(ValueError, match=r"images are 3×3 pixels, but this network needs at least 4×4"):
+        model(torch.rand(1, 1, 3, 3))
+    with pytest.raises(ValueError, match=r"images are 28×28 pixels, but this network was built for 32×32"):
+        zoo.build("cnn9")(torch.rand(1, 3, 28, 28))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"architecture": "resnet21"}, ValueError, "unknown architecture 'resnet21'.*resnet20.*one of .* more"),
+        ({"architecture": "cnn9", "bogus": 1}, TypeError, "unknown argument of cnn9 'bogus'.*batch_norm"),
+        ({"architecture": "cnn9", "operator": "tanhcosine"}, ValueError, "Did you mean 'tanh_cosine'"),
+        (
+            {"architecture": "cnn9", "num_classes": 3, "class_names": ["a"]},
+            ValueError,
+            "num_classes=3, but there are 1",
+        ),
+        ({"architecture": "cnn9", "num_classes": 0}, ValueError, "at least one class"),
+        ({"architecture": "cnn9", "in_chans": 0}, ValueError, "in_chans must be at least 1, got 0"),
+        ({"architecture": "cnn9", "mean": [0.5]}, ValueError, "mean needs one number for each of the 3 channels"),
+        ({"architecture": "cnn9", "std": [1, 0, 1]}, ValueError, "std must be more than 0"),
+    ],
+)
+def test_build_refuses(arguments, error, message):
+    with pytest.raises(error, match=message):
+        zoo.build(**arguments)
+
+
+def test_list_architectures_has_ours_and_timms():
+    assert set(ARCHITECTURES) == set(zoo.list_architectures(own=True))
+    assert set(ARCHITECTURES) | {"resnet50", "convnext_tiny"} <= set(zoo.list_architectures())
+
+
+def test_a_model_survives_copying_and_pickling():
+    model = zoo.build("cnn6", {"name": "ball_sigmoid", "radius_mode": "learned"}, in_chans=1).eval()
+    images = torch.rand(2, 1, 8, 8)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(twin(images), model(images)) and twin.spec == model.spec

@@ -1,0 +1,136 @@
+"""``python -m zoo``: list, verify and export checkpoints, and show one at work."""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+import zoo
+from zoo.checkpoints import PRETRAINED, read_config
+from zoo.cli import readable_errors
+from zoo.data import ImageData, build_data
+from zoo.models import ModelSpec
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m zoo", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    command = commands.add_parser("list", help="show the embedded checkpoints and what was measured")
+    command.set_defaults(function=show_list)
+
+    command = commands.add_parser("verify", help="recompute what checkpoints claim; exit status 1 if anything differs")
+    command.add_argument("names", nargs="*", metavar="NAME", help="names or folders; all embedded ones by default")
+    command.add_argument("--accuracy", action="store_true", help="measure the test accuracy again, too")
+    command.add_argument("--root", help="the folder of the images, if the checkpoint's data is not Digits")
+    command.set_defaults(function=verify)
+
+    command = commands.add_parser("export", help="make a checkpoint folder from a Lightning checkpoint")
+    command.add_argument("checkpoint", type=Path, help="the Lightning checkpoint (.ckpt) that train.py wrote")
+    command.add_argument("name", help="<data>_<architecture>_<operator>, e.g. digits_cnn6_tanh_cosine")
+    command.add_argument("--to", type=Path, default=PRETRAINED, help="parent of the new folder (default: embedded)")
+    command.add_argument("--root", help="the folder of the images, if it has moved since the training")
+    command.add_argument("--overwrite", action="store_true", help="replace a folder that exists")
+    command.set_defaults(function=export)
+
+    command = commands.add_parser("demo", help="load a Digits checkpoint by torch.hub and classify held-out digits")
+    command.add_argument("folder", help="a checkpoint folder or name")
+    command.add_argument("--output", type=Path, default=Path("outputs/demo.png"), help="the picture")
+    command.set_defaults(function=demo)
+
+    arguments = parser.parse_args()
+    with readable_errors():
+        arguments.function(arguments)
+
+
+def show_list(arguments: argparse.Namespace) -> None:
+    table = Table("checkpoint", "metric", "value", "images", "parameters")
+    for name in zoo.list_checkpoints():
+        config = read_config(PRETRAINED / name)
+        for metric in config["metrics"]:
+            title = f"{metric['name']} on {metric['dataset']}, {metric['split']}"
+            table.add_row(name, title, f"{metric['value']:.4f}", f"{metric['images']:,}", f"{config['parameters']:,}")
+    Console().print(table)
+
+
+def verify(arguments: argparse.Namespace) -> None:
+    failed = False
+    for name in arguments.names or zoo.list_checkpoints():
+        batches = None
+        if arguments.accuracy:
+            record = read_config(zoo.find(name))["training"]["data"]
+            batches = _data(record, arguments.root).evaluation_batches("test")
+        problems = zoo.verify(name, batches)
+        print(f"{name}: {'ok' if not problems else '; '.join(problems)}")
+        failed = failed or bool(problems)
+    sys.exit(int(failed))
+
+
+def export(arguments: argparse.Namespace) -> None:
+    from zoo.classifier import read_record
+
+    if not arguments.checkpoint.is_file():
+        raise FileNotFoundError(f"no Lightning checkpoint at {arguments.checkpoint}; train.py fit prints where it is")
+    saved = torch.load(arguments.checkpoint, map_location="cpu", weights_only=True)
+    record = read_record(saved)
+    spec = ModelSpec.from_dict(record["spec"])
+    expected = f"{spec.architecture}_{spec.operator_name}"
+    if not arguments.name.endswith(f"_{expected}"):
+        raise ValueError(f"a checkpoint is called <data>_{expected}, got {arguments.name!r}")
+    model = spec.build()
+    prefix = "model."
+    weights = {key.removeprefix(prefix): value for key, value in saved["state_dict"].items() if key.startswith(prefix)}
+    model.load_state_dict(weights)
+    data = _data(record["training"]["data"], arguments.root)
+    metrics = []
+    for split in ("val", "test"):
+        value, images = zoo.accuracy(model, data.evaluation_batches(split))
+        metrics.append(zoo.Metric("accuracy", value, data.title, split, images))
+        print(f"accuracy {value:.4f} on the {images:,} images of {data.title}'s {split} split")
+    folder = zoo.save(
+        model,
+        arguments.to / arguments.name,
+        metrics=metrics,
+        training=record["training"],
+        licence=data.licence,
+        overwrite=arguments.overwrite,
+    )
+    print(f"written: {folder}")
+
+
+def demo(arguments: argparse.Namespace) -> None:
+    from zoo.plots import plot_predictions
+
+    model = torch.hub.load(str(ROOT), "checkpoint", arguments.folder, source="local")
+    data = build_data("Digits")
+    images, labels = next(iter(data.evaluation_batches("test")))
+    images, labels = images[:24], labels[:24]
+    with torch.inference_mode():
+        probabilities, guesses = model(images).softmax(1).max(1)
+    names = model.class_names
+    truth, predicted = [names[label] for label in labels], [names[guess] for guess in guesses]
+    table = Table("image", "is", "predicted", "probability", title="held-out digits")
+    for index in range(10):
+        table.add_row(f"{index + 1}", truth[index], predicted[index], f"{probabilities[index]:.4f}")
+    Console().print(table)
+    correct = sum(guess == label for guess, label in zip(predicted, truth, strict=True))
+    title = f"{Path(arguments.folder).name}: {correct} of {len(images)} held-out digits right"
+    plot_predictions(images, truth, predicted, probabilities.tolist(), model.spec.operator, title, arguments.output)
+    print(f"picture: {arguments.output}")
+
+
+def _data(record: dict[str, Any], root: str | None) -> ImageData:
+    arguments = dict(record["arguments"])
+    if root is not None:
+        arguments["root"] = root
+    return build_data(record["name"], **arguments)
+
+
+if __name__ == "__main__":
+    main()

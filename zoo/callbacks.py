@@ -1,0 +1,108 @@
+"""Callbacks: the authors' optional training tricks, and the table of predictions."""
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import BasePredictionWriter, Callback
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from operators import DecoupledConv2d, filter_norm
+
+
+class WeightProjection(Callback):
+    """Set every decoupled filter to unit norm after each ``every_n_steps`` optimiser steps (the authors' code).
+
+    Args:
+        every_n_steps: optimiser steps between two projections; the authors use 100.
+
+    Raises:
+        ValueError: ``every_n_steps`` below 1.
+    """
+
+    def __init__(self, every_n_steps: int = 100) -> None:
+        if every_n_steps < 1:
+            raise ValueError(f"every_n_steps must be at least 1, got {every_n_steps}")
+        self.every_n_steps = every_n_steps
+        self.last_step = 0
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
+        step = trainer.global_step
+        # With gradient accumulation, several batches end at the same step.
+        if step != self.last_step and step % self.every_n_steps == 0:
+            for layer in decoupled_layers(module):
+                with torch.no_grad():
+                    layer.weight /= filter_norm(layer.weight, eps=layer.operator.eps)
+        self.last_step = step
+
+    def state_dict(self) -> dict[str, int]:
+        return {"last_step": self.last_step}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.last_step = state["last_step"]
+
+
+class WeightedGradients(Callback):
+    """Multiply each decoupled filter's gradient by its norm before the optimiser's step (the authors' code)."""
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
+        for layer in decoupled_layers(module):
+            if layer.weight.grad is not None:
+                layer.weight.grad *= filter_norm(layer.weight.detach(), eps=layer.operator.eps)
+
+
+class PredictionTable(BasePredictionWriter):
+    """Show the predicted classes of ``python train.py predict`` as a table, and write them all as CSV.
+
+    Args:
+        output: the CSV file (columns: image, then class and probability of each place); none by default.
+        top: how many classes of each image are shown.
+        rows: how many images the table on the screen shows; the file has all.
+
+    Raises:
+        ValueError: ``top`` or ``rows`` below 1.
+    """
+
+    def __init__(self, output: str | None = None, top: int = 3, rows: int = 20) -> None:
+        super().__init__(write_interval="epoch")
+        if min(top, rows) < 1:
+            raise ValueError(f"top and rows must be at least 1, got {top} and {rows}")
+        self.output = output
+        self.top = top
+        self.rows = rows
+
+    def write_on_epoch_end(
+        self, trainer: L.Trainer, module: L.LightningModule, predictions: list[Tensor], batch_indices: Any
+    ) -> None:
+        probabilities, labels = torch.cat(predictions).cpu().sort(1, descending=True)
+        names = module.model.class_names
+        places = min(self.top, len(names))
+        rows = [
+            [file, *(cell for place in range(places) for cell in (names[order[place]], f"{values[place]:.4f}"))]
+            for file, order, values in zip(trainer.datamodule.predict_files, labels, probabilities, strict=True)
+        ]
+        header = ["image", *(f"{what} {place + 1}" for place in range(places) for what in ("class", "probability"))]
+        self._show(header, rows)
+        if self.output:
+            self._write(Path(self.output), header, rows)
+
+    def _show(self, header: list[str], rows: list[list[str]]) -> None:
+        table = Table(*header, caption=f"{min(self.rows, len(rows))} of {len(rows)} images")
+        for row in rows[: self.rows]:
+            table.add_row(*row)
+        Console().print(table)
+
+    def _write(self, path: Path, header: list[str], rows: list[list[str]]) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft = path.with_name(path.name + ".part")
+        with open(draft, "w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([header, *rows])
+        draft.replace(path)
+
+
+def decoupled_layers(module: torch.nn.Module) -> list[DecoupledConv2d]:
+    return [layer for layer in module.modules() if isinstance(layer, DecoupledConv2d)]

@@ -1,0 +1,60 @@
+"""The model card of a checkpoint, generated from its ``config.json``."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+
+def model_card(config: Mapping[str, Any]) -> str:
+    """Return the card in Markdown, with the metadata header that the Hugging Face Hub reads."""
+    name, operator = config["name"], config["operator"]
+    plain = isinstance(operator, str)
+    operator_name = operator if plain else f"{operator['magnitude']}_{operator['angular']}"
+    convolutions = "ordinary convolutions" if plain else f"the decoupled operator `{operator_name}`"
+    lines = [
+        "---",
+        f"license: {_licence_identifier(config['licence'])}",
+        "pipeline_tag: image-classification",
+        "library_name: decoupled-zoo",
+        f"tags: [image-classification, decoupled-networks, {config['architecture']}, {operator_name}]",
+        "---",
+        "",
+        f"# {name}",
+        "",
+        f"`{config['architecture']}` with {convolutions}, for {len(config['class_names'])} classes. It takes images of "
+        f"{config['input_size']}×{config['input_size']} pixels and {config['in_chans']} channel(s) in [0, 1]; "
+        "normalisation is inside the model.",
+        "",
+        "```python",
+        "import zoo",
+        "",
+        f'model = zoo.load("{name}")',
+        "logits = model(model.transform(image)[None])",
+        "```",
+        "",
+        "| | |",
+        "|---|---|",
+    ]
+    for metric in config["metrics"]:
+        lines.append(
+            f"| {metric['name']} on {metric['dataset']}, {metric['split']} split, {metric['images']:,} images "
+            f"| {metric['value']:.4f} |"
+        )
+    lines.append(f"| parameters | {config['parameters']:,} |")
+    if not plain:
+        lines.append(f"| operator | `{json.dumps(operator)}` |")
+    lines += [f"| {key.replace('_', ' ')} | {value} |" for key, value in config["training"].items()]
+    lines += [
+        f"| classes | {', '.join(config['class_names'])} |",
+        f"| licence of the weights | {config['licence']} |",
+        f"| sha256 of `model.safetensors` | `{config['sha256']}` |",
+    ]
+    if not plain:
+        twin = name.removesuffix(operator_name) + "conv"
+        lines += ["", f"The twin with ordinary convolutions, trained by the same recipe, is `{twin}`."]
+    return "\n".join(lines) + "\n"
+
+
+def _licence_identifier(licence: str) -> str:
+    """Return the Hub's identifier of an SPDX name without spaces; anything else is ``other``."""
+    return licence.lower() if " " not in licence else "other"

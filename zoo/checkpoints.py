@@ -1,0 +1,377 @@
+"""Checkpoint folders: ``config.json``, ``model.safetensors`` and the model card, written whole and read strictly."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import re
+import tempfile
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from operators.lookup import unknown_name
+from zoo.cards import model_card
+from zoo.models import ImageModel, ModelSpec
+
+SCHEMA = 1
+PRETRAINED = Path(__file__).parent / "pretrained"
+CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
+
+# Larger headers are refused before they are parsed: a small file can name gigabytes of tensors.
+LARGEST_HEADER, MOST_TENSORS = 1 << 20, 5000
+
+# Logits of the same weights differ by rounding between machines and releases of torch; relative to the largest logit.
+FINGERPRINT_TOLERANCE = 1e-4
+
+
+class CheckpointError(ValueError):
+    """A checkpoint folder that is incomplete, damaged, or not what its ``config.json`` says."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Metric:
+    """One measured number, e.g. accuracy 0.9917 on the 360 images of Digits' test split."""
+
+    name: str
+    value: float
+    dataset: str
+    split: str
+    images: int
+
+
+def list_checkpoints() -> list[str]:
+    """Return the names of the embedded checkpoints."""
+    return sorted(path.parent.name for path in PRETRAINED.glob(f"*/{CONFIG}"))
+
+
+def load(
+    where: str | os.PathLike[str],
+    *,
+    num_classes: int | None = None,
+    in_chans: int | None = None,
+    device: torch.device | str | None = None,
+) -> ImageModel:
+    """Return the model of a checkpoint, in evaluation mode.
+
+    Args:
+        where: the name of an embedded checkpoint (see :func:`list_checkpoints`) or the path of a checkpoint folder.
+        num_classes: another number gives the model a fresh, untrained classifier, and says so.
+        in_chans: another number spreads the first convolution's filters over that many channels, and says so.
+        device: where the model is put; the CPU by default.
+
+    Raises:
+        ValueError: no such checkpoint.
+        CheckpointError: a folder whose files are missing, damaged or do not fit together.
+    """
+    folder = find(where)
+    config = read_config(folder)
+    model = _build(config, folder)
+    model.network.load_state_dict(_read_weights(folder, config["sha256"], model.network.state_dict()))
+    model.eval()
+    if in_chans not in (None, model.spec.in_chans):
+        warnings.warn(f"{folder.name} now takes {in_chans} channels, not {model.spec.in_chans}", stacklevel=2)
+        model = _with_channels(model, in_chans)
+    if num_classes not in (None, len(model.class_names)):
+        warnings.warn(f"{folder.name} has a fresh classifier for {num_classes} classes: train it", stacklevel=2)
+        model.reset_classifier([str(label) for label in range(num_classes)])
+    return model.to(device)
+
+
+def load_untrained(
+    where: str | os.PathLike[str], *, num_classes: int | None = None, device: torch.device | str | None = None
+) -> ImageModel:
+    """Return the model that a checkpoint describes, freshly initialised and in training mode.
+
+    Raises:
+        ValueError: no such checkpoint.
+        CheckpointError: a ``config.json`` that describes no model.
+    """
+    folder = find(where)
+    model = _build(read_config(folder), folder)
+    if num_classes is not None:
+        model.reset_classifier([str(label) for label in range(num_classes)])
+    return model.to(device)
+
+
+def save(
+    model: ImageModel,
+    folder: str | os.PathLike[str],
+    *,
+    metrics: Sequence[Metric] = (),
+    training: Mapping[str, Any] | None = None,
+    licence: str = "MIT",
+    overwrite: bool = False,
+) -> Path:
+    """Write ``model`` as a checkpoint folder, all of it or nothing, and return the folder.
+
+    Args:
+        folder: its last part is the checkpoint's name, ``<data>_<architecture>_<operator>``.
+        metrics: what was measured.
+        training: how it was trained, as JSON-able values: command, seed, commit, hardware, ...
+        licence: of the weights, as an SPDX identifier or in words.
+        overwrite: replace a folder that exists.
+
+    Raises:
+        FileExistsError: the folder exists and ``overwrite`` is false.
+        ValueError: weights that are not finite, or a model that is no ``ImageModel``.
+    """
+    folder = Path(folder)
+    if not isinstance(model, ImageModel):
+        raise ValueError(f"save takes a model that build or load made, got {type(model).__name__}")
+    if folder.exists() and not overwrite:
+        raise FileExistsError(f"{folder} exists; choose another name, or pass overwrite=True to replace it")
+    weights = _serialise(model.network)
+    config = {
+        "schema": SCHEMA,
+        "name": folder.name,
+        **model.spec.to_dict(),
+        "metrics": [dataclasses.asdict(metric) for metric in metrics],
+        "training": dict(training or {}),
+        "licence": licence,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "sha256": hashlib.sha256(weights).hexdigest(),
+        "fingerprint": fingerprint(model),
+    }
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as scratch:
+        draft = Path(scratch) / "new"
+        draft.mkdir()
+        (draft / WEIGHTS).write_bytes(weights)
+        (draft / CONFIG).write_text(json.dumps(config, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        (draft / CARD).write_text(model_card(config), encoding="utf-8")
+        _put_in_place(draft, folder, old=Path(scratch) / "old")
+    return folder
+
+
+def verify(
+    where: str | os.PathLike[str], batches: Iterable[tuple[Tensor, Tensor]] | None = None, split: str = "test"
+) -> list[str]:
+    """Recompute what a checkpoint claims and return what does not hold; an empty list is a pass.
+
+    Checked are the schema, the hash and shape of every weight, the fingerprint, the model card, and with ``batches`` of
+    (images in [0, 1], labels) the accuracy on that split.
+
+    Raises:
+        ValueError: no such checkpoint, or no recorded accuracy to compare with.
+        CheckpointError: a folder that cannot be loaded at all.
+    """
+    folder = find(where)
+    config = read_config(folder)
+    model = load(folder)
+    problems = []
+    claimed, measured = (
+        torch.tensor(logits, dtype=torch.float64) for logits in (config["fingerprint"], fingerprint(model))
+    )
+    agree = claimed.shape == measured.shape
+    if not agree or (claimed - measured).abs().max() > FINGERPRINT_TOLERANCE * claimed.abs().max():
+        problems.append(f"{CONFIG}: the logits on the fingerprint's images are not those recorded")
+    card = folder / CARD
+    if not card.is_file() or card.read_text(encoding="utf-8") != model_card(config):
+        problems.append(f"{CARD}: not the card that {CONFIG} gives; save the model again")
+    if batches is not None:
+        problems += _verify_accuracy(model, config, batches, split)
+    return problems
+
+
+def accuracy(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[float, int]:
+    """Return the share of images whose largest logit is the label's, and the number of images."""
+    device = next(model.parameters()).device
+    correct = total = 0
+    model.eval()
+    with torch.inference_mode():
+        for images, labels in batches:
+            correct += (model(images.to(device)).argmax(1).cpu() == labels.cpu()).sum().item()
+            total += len(labels)
+    if not total:
+        raise ValueError("accuracy needs at least one image")
+    return correct / total, total
+
+
+def fingerprint(model: ImageModel) -> list[list[float]]:
+    """Return the logits on two generated images, in evaluation mode on the CPU in float32.
+
+    Pixel i of image m is ``½ + ½ sin(0.37 (m + 1) i)``, counted through channels, rows and columns.
+    """
+    spec = model.spec
+    count = spec.in_chans * spec.input_size**2
+    phases = torch.arange(count, dtype=torch.float64) * torch.tensor([[0.37], [0.74]], dtype=torch.float64)
+    images = (0.5 + 0.5 * phases.sin()).float().view(2, spec.in_chans, spec.input_size, spec.input_size)
+    device, training = next(model.parameters()).device, model.training
+    with torch.inference_mode():
+        logits = model.cpu().eval()(images)
+    model.to(device).train(training)
+    return [[round(value, 6) for value in row] for row in logits.tolist()]
+
+
+def find(where: str | os.PathLike[str]) -> Path:
+    """Return the folder of an embedded checkpoint's name or of a path.
+
+    Raises:
+        ValueError: neither; the message lists the names and the nearest one.
+    """
+    name = os.fspath(where)
+    if name in list_checkpoints():
+        return PRETRAINED / name
+    if Path(name).is_dir():
+        return Path(name)
+    hint = ""
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        hint = f" If it is a Hub repository, fetch its folder first: hf download {name} --local-dir FOLDER."
+    raise ValueError(unknown_name("checkpoint", name, list_checkpoints()) + " Or give the path of a folder." + hint)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Return ``config.json``, checked for its schema and fields.
+
+    Raises:
+        CheckpointError: it is missing, not JSON, of another schema, or a field is missing or of the wrong type.
+    """
+    path = folder / CONFIG
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} is missing: {folder} is no checkpoint folder; zoo.save writes one") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} is not JSON ({error}); fetch the checkpoint again") from error
+    if not isinstance(config, dict) or config.get("schema") != SCHEMA:
+        found = config.get("schema") if isinstance(config, dict) else None
+        raise CheckpointError(f"{path} has schema {found!r}, this version reads {SCHEMA}; update decoupled-zoo")
+    for field, kind in _FIELDS.items():
+        if not isinstance(config.get(field), kind):
+            raise CheckpointError(f"{path}: {field!r} is missing or malformed; fetch the checkpoint again")
+    return config
+
+
+_FIELDS: dict[str, type | tuple[type, ...]] = {
+    "name": str,
+    "architecture": str,
+    "model_args": dict,
+    "operator": (dict, str),
+    "class_names": list,
+    "in_chans": int,
+    "input_size": int,
+    "mean": list,
+    "std": list,
+    "metrics": list,
+    "training": dict,
+    "licence": str,
+    "sha256": str,
+    "fingerprint": list,
+}
+
+
+def _put_in_place(draft: Path, folder: Path, old: Path) -> None:
+    """Rename ``draft`` to ``folder``; what stood there is moved to ``old``, and back if the renaming fails."""
+    replaces = folder.exists()
+    if replaces:
+        folder.rename(old)
+    try:
+        draft.rename(folder)
+    except OSError:
+        if replaces:
+            old.rename(folder)
+        raise
+
+
+def _build(config: dict[str, Any], folder: Path) -> ImageModel:
+    try:
+        return ModelSpec.from_dict(config).build()
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{folder / CONFIG} describes no model that can be built: {error}") from error
+
+
+def _serialise(network: nn.Module) -> bytes:
+    tensors = {}
+    for name, tensor in network.state_dict().items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise ValueError(f"{name} has values that are not finite; a checkpoint is not written from them")
+        # A copy of its own, since safetensors refuses tensors that share memory.
+        tensors[name] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+    return safetensors.torch.save(tensors)
+
+
+def _read_weights(folder: Path, sha256: str, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    path = folder / WEIGHTS
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing; fetch the checkpoint again")
+    # Bytes, not a map: a mapped file that is cut short later kills the process.
+    data = path.read_bytes()
+    found = hashlib.sha256(data).hexdigest()
+    if found != sha256:
+        raise CheckpointError(
+            f"{path} has sha256 {found}, {CONFIG} says {sha256}: it is damaged or changed; fetch the checkpoint again"
+        )
+    _check_header(path, data)
+    try:
+        tensors = safetensors.torch.load(data)
+    except safetensors.SafetensorError as error:
+        raise CheckpointError(f"{path} is not a safetensors file ({error}); fetch the checkpoint again") from error
+    _check_tensors(path, tensors, expected)
+    return tensors
+
+
+def _check_header(path: Path, data: bytes) -> None:
+    length = int.from_bytes(data[:8], "little")
+    if len(data) < 8 or length > min(LARGEST_HEADER, len(data) - 8):
+        raise CheckpointError(f"{path} is not a safetensors file: its header does not fit; fetch the checkpoint again")
+    try:
+        pairs = json.loads(data[8 : 8 + length], object_pairs_hook=list)
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise CheckpointError(f"{path} has a malformed header ({error}); fetch the checkpoint again") from error
+    names = [name for name, _ in pairs] if isinstance(pairs, list) else []
+    if len(names) > MOST_TENSORS or len(set(names)) != len(names):
+        raise CheckpointError(f"{path} names {len(names)} tensors, {len(set(names))} of them different; it is refused")
+
+
+def _check_tensors(path: Path, tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    problems = [f"missing {name}" for name in expected if name not in tensors]
+    problems += [f"unexpected {name}" for name in tensors if name not in expected]
+    for name, tensor in tensors.items():
+        if name not in expected:
+            continue
+        wanted = expected[name]
+        if tensor.shape != wanted.shape:
+            problems.append(f"{name} has shape {tuple(tensor.shape)}, not {tuple(wanted.shape)}")
+        elif tensor.dtype != wanted.dtype:
+            problems.append(f"{name} has dtype {tensor.dtype}, not {wanted.dtype}")
+        elif tensor.is_floating_point() and not tensor.isfinite().all():
+            problems.append(f"{name} has values that are not finite")
+    if problems:
+        listed = "; ".join(problems[:8]) + (f"; ... ({len(problems)} in all)" if len(problems) > 8 else "")
+        raise CheckpointError(f"{path} does not fit the architecture in {CONFIG}: {listed}")
+
+
+def _with_channels(model: ImageModel, in_chans: int) -> ImageModel:
+    """Return the model for ``in_chans`` channels: equal channels give the first layer's old answer to their mean."""
+    spec = model.spec
+    mean, std = ([sum(values) / spec.in_chans] * in_chans for values in (spec.mean, spec.std))
+    wider = dataclasses.replace(spec, in_chans=in_chans, mean=tuple(mean), std=tuple(std)).build()
+    weights = model.network.state_dict()
+    for name, wanted in wider.network.state_dict().items():
+        if weights[name].shape != wanted.shape:
+            weights[name] = weights[name].mean(1, keepdim=True).expand_as(wanted) * (spec.in_chans / in_chans)
+    wider.network.load_state_dict(weights)
+    return wider.eval()
+
+
+def _verify_accuracy(
+    model: ImageModel, config: dict[str, Any], batches: Iterable[tuple[Tensor, Tensor]], split: str
+) -> list[str]:
+    claims = [metric for metric in config["metrics"] if metric["name"] == "accuracy" and metric["split"] == split]
+    if not claims:
+        raise ValueError(f"{config['name']} records no accuracy on the split {split!r}")
+    measured, images = accuracy(model, batches)
+    # One image more or less may turn by rounding on another machine.
+    if images != claims[0]["images"] or abs(measured - claims[0]["value"]) * images > 1.5:
+        return [
+            f"accuracy on {images} {split} images is {measured:.4f}, "
+            f"{CONFIG} says {claims[0]['value']:.4f} on {claims[0]['images']}"
+        ]
+    return []

@@ -1,0 +1,273 @@
+"""The Lightning module: one model of the zoo, its loss, optimiser and schedule."""
+
+import math
+import os
+import pickle
+import platform
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning as L
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchmetrics.classification import MulticlassAccuracy
+
+from operators import DecoupledConv2d, filter_norm
+from zoo.checkpoints import load
+from zoo.data import ImageData
+from zoo.models import PLAIN, ImageModel, ModelSpec, build
+
+# Where a Lightning checkpoint keeps what is needed to export it; plain values only.
+RECORD = "decoupled_zoo"
+
+
+class Classifier(L.LightningModule):
+    """Train a network of the zoo to name the class of an image.
+
+    The number of classes, the channels, the size and the normalisation of the images follow from the data module.
+
+    Args:
+        architecture: one of ours (cnn6, cnn9, resnet20, ...) or any timm architecture.
+        operator: "conv" for the plain network, an operator such as "tanh_cosine", or a mapping of its settings with
+            "name", e.g. {name: tanh_cosine, radius_mode: learned}.
+        architecture_args: further arguments of the architecture, e.g. {batch_norm: false}.
+        pretrained: a checkpoint of the zoo to start from (name or folder); architecture and operator are then its own.
+        optimizer: "sgd" (with Nesterov momentum 0.9) or "adamw".
+        learning_rate: the highest learning rate.
+        weight_decay: of filters and fully connected weights; biases, normalisations and radii have none.
+        decay_decoupled_filters: whether decoupled filters have weight decay too; the authors' have none.
+        schedule: "cosine" (to 0), "step" (a tenth after 1/2, a hundredth after 3/4 of training) or "constant".
+        warmup: share of training in which the learning rate rises linearly from 0.
+        label_smoothing: share of the label spread over all classes; the authors use 0.01.
+        orthogonality: factor of the penalty ½‖ŴᵀŴ - I‖² on the normalised filters of each decoupled layer; the authors
+            use 1e-5.
+
+    Raises:
+        ValueError: an unknown name or a number outside its range.
+    """
+
+    def __init__(
+        self,
+        architecture: str = "cnn6",
+        operator: str | dict[str, Any] = "tanh_cosine",
+        architecture_args: dict[str, Any] | None = None,
+        pretrained: str | None = None,
+        optimizer: Literal["sgd", "adamw"] = "adamw",
+        learning_rate: float = 3e-3,
+        weight_decay: float = 1e-2,
+        decay_decoupled_filters: bool = True,
+        schedule: Literal["cosine", "step", "constant"] = "cosine",
+        warmup: float = 0.1,
+        label_smoothing: float = 0.0,
+        orthogonality: float = 0.0,
+    ) -> None:
+        super().__init__()
+        for name, value in {"warmup": warmup, "label_smoothing": label_smoothing}.items():
+            if not 0 <= value < 1:
+                raise ValueError(f"{name} is a share in [0, 1), got {value}")
+        for name, value in {"weight_decay": weight_decay, "orthogonality": orthogonality}.items():
+            if value < 0:
+                raise ValueError(f"{name} must not be negative, got {value}")
+        if learning_rate <= 0:
+            raise ValueError(f"learning_rate must be more than 0, got {learning_rate}")
+        self.save_hyperparameters()
+        self.model: ImageModel | None = None
+
+    def setup(self, stage: str) -> None:
+        data = self._data()
+        if self.model is None:
+            self._set_model(self._build(data, stage))
+        if stage != "predict" and self.model.class_names != tuple(data.class_names):
+            raise ValueError(
+                f"the model knows the classes {list(self.model.class_names)}, but {data.title} has {data.class_names}; "
+                "choose the data it was trained on (--data), or train again"
+            )
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> Tensor:
+        images, labels = batch
+        loss = F.cross_entropy(self.model(images), labels, label_smoothing=self.hparams.label_smoothing)
+        self.log("train_loss", loss, prog_bar=True)
+        if self.hparams.orthogonality:
+            loss = loss + self.hparams.orthogonality * orthogonality_penalty(self.model)
+        return loss
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> None:
+        self._evaluate(batch, "val")
+
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> None:
+        self._evaluate(batch, "test")
+
+    def predict_step(self, batch: Any, batch_index: int) -> Tensor:
+        """Return the probability of each class, (N, num_classes)."""
+        images = batch[0] if isinstance(batch, list | tuple) else batch
+        return self.model(images).softmax(1)
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        settings = self.hparams
+        decayed = [
+            module.weight
+            for module in self.model.modules()
+            if isinstance(module, nn.Conv2d | nn.Linear)
+            and (settings.decay_decoupled_filters or not isinstance(module, DecoupledConv2d))
+        ]
+        known = {id(parameter) for parameter in decayed}
+        groups = [
+            {"params": decayed, "weight_decay": settings.weight_decay},
+            {"params": [p for p in self.model.parameters() if id(p) not in known], "weight_decay": 0.0},
+        ]
+        if settings.optimizer == "sgd":
+            optimizer = torch.optim.SGD(groups, lr=settings.learning_rate, momentum=0.9, nesterov=True)
+        else:
+            optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate)
+        steps = self.trainer.estimated_stepping_batches
+        if not math.isfinite(steps) and (settings.schedule != "constant" or settings.warmup):
+            raise ValueError(
+                "training without an end (max_epochs, max_steps) needs --model.schedule constant --model.warmup 0"
+            )
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: learning_rate_factor(step / steps, settings.schedule, settings.warmup)
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        data = self._data()
+        checkpoint[RECORD] = {
+            "spec": self.model.spec.to_dict(),
+            "data": {"name": type(data).__name__, "arguments": dict(data.hparams)},
+            "training": {
+                "epochs": self.current_epoch + 1,
+                "command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
+                "seed": os.environ.get("PL_GLOBAL_SEED", "none"),
+                "commit": _commit(),
+                "hardware": _hardware(self.device),
+                "torch": torch.__version__,
+            },
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        spec = ModelSpec.from_dict(read_record(checkpoint)["spec"])
+        if self.model is not None and self.trainer.state.fn != "predict":
+            held, asked = _identity(spec), _identity(self.model.spec)
+            if held != asked:
+                raise ValueError(
+                    f"the checkpoint holds {held}, but {asked} was asked for; leave out the --model and --data options "
+                    "to go on with the checkpoint's network, or leave out --ckpt_path to train a new one"
+                )
+        # Built again, for the checkpoint's normalisation is part of its spec and not among its weights.
+        self._set_model(spec.build())
+
+    def _set_model(self, model: ImageModel) -> None:
+        self.model = model
+        classes = len(model.class_names)
+        self.accuracy = nn.ModuleDict(
+            {f"{split}_accuracy": MulticlassAccuracy(classes, average="micro") for split in ("val", "test")}
+        )
+
+    def _build(self, data: ImageData, stage: str) -> ImageModel:
+        settings = self.hparams
+        if settings.pretrained and stage == "predict":
+            return load(settings.pretrained)
+        if settings.pretrained:
+            model = load(settings.pretrained, in_chans=data.in_chans)
+            if model.class_names != tuple(data.class_names):
+                model.reset_classifier(data.class_names)
+            return model.train()
+        return build(
+            settings.architecture,
+            settings.operator,
+            class_names=data.class_names,
+            in_chans=data.in_chans,
+            input_size=data.input_size,
+            mean=data.mean,
+            std=data.std,
+            **(settings.architecture_args or {}),
+        )
+
+    def _data(self) -> ImageData:
+        data = getattr(self.trainer, "datamodule", None)
+        if not isinstance(data, ImageData):
+            raise ValueError(
+                "Classifier needs a data module of zoo.data, as in trainer.fit(classifier, datamodule=Digits())"
+            )
+        return data
+
+    def _evaluate(self, batch: tuple[Tensor, Tensor], split: str) -> None:
+        images, labels = batch
+        logits = self.model(images)
+        name = f"{split}_accuracy"
+        self.accuracy[name](logits, labels)
+        self.log(f"{split}_loss", F.cross_entropy(logits, labels), batch_size=len(labels))
+        self.log(name, self.accuracy[name], prog_bar=True, batch_size=len(labels))
+
+
+def learning_rate_factor(progress: float, schedule: str, warmup: float) -> float:
+    """Return the learning rate as a share of the highest, after ``progress`` (0 to 1) of training."""
+    if progress < warmup:
+        return progress / warmup
+    if schedule == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * min(1.0, (progress - warmup) / (1 - warmup))))
+    if schedule == "step":
+        return 1.0 if progress < 0.5 else 0.1 if progress < 0.75 else 0.01
+    return 1.0
+
+
+def orthogonality_penalty(model: nn.Module) -> Tensor:
+    """Return the sum over decoupled layers of ``½ ‖ŴᵀŴ - I‖²``, Ŵ's columns being the layer's normalised filters."""
+    total = torch.zeros((), device=next(model.parameters()).device)
+    for layer in model.modules():
+        if isinstance(layer, DecoupledConv2d):
+            filters = (layer.weight / filter_norm(layer.weight, eps=layer.operator.eps)).flatten(1)
+            gram = filters @ filters.T
+            total = total + 0.5 * (gram - torch.eye(len(gram), device=gram.device)).square().sum()
+    return total
+
+
+def read_lightning_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Return the content of a Lightning checkpoint that ``Classifier`` wrote; plain values and tensors only.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: the file is damaged or was not written by ``Classifier``.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no Lightning checkpoint {path}; train.py fit writes best.ckpt and last.ckpt")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"{path} is no Lightning checkpoint, or is damaged ({reason}); use an earlier one") from error
+    read_record(checkpoint)
+    return checkpoint
+
+
+def read_record(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """Return what ``Classifier`` wrote into a Lightning checkpoint beside the weights.
+
+    Raises:
+        ValueError: the checkpoint was not written by ``Classifier``.
+    """
+    if not isinstance(checkpoint, dict) or RECORD not in checkpoint:
+        raise ValueError("this Lightning checkpoint was not written by zoo.classifier.Classifier (python train.py fit)")
+    return checkpoint[RECORD]
+
+
+def _identity(spec: ModelSpec) -> str:
+    settings = f" {dict(spec.model_args)}" if spec.model_args else ""
+    return f"{spec.architecture}{settings} with {spec.operator or PLAIN} and {len(spec.class_names)} classes"
+
+
+def _commit() -> str:
+    """Return the commit of this code, with ``-dirty`` if files differ from it."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    git = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
+    return git.stdout.strip() if git.returncode == 0 else "none"
+
+
+def _hardware(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{os.cpu_count()} CPU cores ({platform.machine()})"

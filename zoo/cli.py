@@ -1,0 +1,110 @@
+"""What ``train.py`` and ``python -m zoo`` share: the Lightning command line and errors without stack traces."""
+
+import argparse
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+
+from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from operators.lookup import look_up
+from zoo.callbacks import PredictionTable
+from zoo.classifier import read_lightning_checkpoint, read_record
+from zoo.data import DATA
+
+TRAINER_DEFAULTS = {
+    "max_epochs": 40,
+    "accelerator": "auto",
+    "devices": 1,
+    "default_root_dir": "outputs",
+    "log_every_n_steps": 10,
+    "num_sanity_val_steps": 0,
+    "logger": {
+        "class_path": "lightning.pytorch.loggers.CSVLogger",
+        "init_args": {"save_dir": "outputs", "name": "runs"},
+    },
+    "callbacks": [RichProgressBar()],
+}
+
+
+class ZooCLI(LightningCLI):
+    """``LightningCLI`` with a checkpoint of the best and the last epoch, and a table of predictions.
+
+    ``--ckpt_path FILE`` stands for the model and data settings it was trained with: they act as if they were written
+    first on the command line, so a configuration file and further options override them.
+
+    Raises:
+        ValueError: ``test``, ``validate`` or ``predict`` of an untrained network, or a checkpoint that cannot be read.
+        FileNotFoundError: no such checkpoint.
+    """
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.set_defaults(
+            {
+                "checkpoint.monitor": "val_accuracy",
+                "checkpoint.mode": "max",
+                "checkpoint.filename": "best",
+                "checkpoint.save_last": True,
+            }
+        )
+        parser.add_lightning_class_args(PredictionTable, "predictions")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        arguments = sys.argv[1:] if args is None else list(args)
+        subcommand = next((place for place, word in enumerate(arguments, 1) if word in self.subcommands()), 0)
+        settings = checkpoint_settings(arguments) if subcommand else []
+        self.config = parser.parse_args([*arguments[:subcommand], *settings, *arguments[subcommand:]])
+        self.asked = self.config.clone()
+
+    def before_instantiate_classes(self) -> None:
+        # Lightning has put the checkpoint's settings above the command line's.
+        self.config = self.asked
+        settings = self.config[self.subcommand]
+        if self.subcommand != "fit" and not settings.ckpt_path and not settings.model.pretrained:
+            raise ValueError(
+                f"{self.subcommand} needs a trained network: --ckpt_path outputs/.../best.ckpt (what fit wrote), or "
+                "--model.pretrained NAME (a checkpoint of the zoo)"
+            )
+
+
+def checkpoint_settings(arguments: Sequence[str]) -> list[str]:
+    """Return the options that describe the network and the data of the ``--ckpt_path`` among ``arguments``."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--ckpt_path")
+    parser.add_argument("--data.predict", dest="predict")
+    known, _ = parser.parse_known_args(arguments)
+    if known.ckpt_path is None:
+        return []
+    checkpoint = read_lightning_checkpoint(known.ckpt_path)
+    record = read_record(checkpoint)
+    model = {
+        **checkpoint["hyper_parameters"],
+        "pretrained": None,
+        "architecture": record["spec"]["architecture"],
+        "architecture_args": record["spec"]["model_args"],
+        "operator": record["spec"]["operator"],
+    }
+    settings = ["--model", json.dumps(model)]
+    # Images to predict on are decoded as the network wants them, so the training images need not be there.
+    if known.predict is None:
+        kind = look_up(DATA, record["data"]["name"], "data set")
+        data = {"class_path": f"{kind.__module__}.{kind.__name__}", "init_args": record["data"]["arguments"]}
+        settings += ["--data", json.dumps(data)]
+    return settings
+
+
+@contextlib.contextmanager
+def readable_errors() -> Iterator[None]:
+    """Turn errors that a person can cure into one message and exit status 1; ``ZOO_TRACEBACK=1`` shows the stack."""
+    try:
+        yield
+    except (ValueError, TypeError, OSError, MisconfigurationException) as error:
+        if os.environ.get("ZOO_TRACEBACK"):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)

@@ -1,0 +1,262 @@
+"""``build``: an architecture, an operator and the images it is for, made into one model."""
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from operators import OperatorConfig, convert_decoupled
+from operators.lookup import unknown_name
+from zoo import architectures
+from zoo.transforms import ImageTransform
+
+ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {
+    name: getattr(architectures, name) for name in architectures.__all__
+}
+
+PLAIN = "conv"
+
+# The mean and standard deviation of ImageNet's pixels in [0, 1], for RGB images of which nothing else is known.
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSpec:
+    """Everything needed to build a model again, as JSON-able values.
+
+    Args:
+        architecture: a name that :func:`list_architectures` lists.
+        operator: the operator of its convolutions; None for the plain network.
+        class_names: one for each logit.
+        in_chans: channels of the images.
+        input_size: height and width of the images, in pixels.
+        mean, std: of the pixels in [0, 1], one for each channel.
+        model_args: further arguments of the architecture.
+    """
+
+    architecture: str
+    operator: OperatorConfig | None
+    class_names: tuple[str, ...]
+    in_chans: int
+    input_size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    model_args: Mapping[str, Any]
+
+    @property
+    def operator_name(self) -> str:
+        return self.operator.name if self.operator else PLAIN
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as plain values; the plain network's operator is ``"conv"``."""
+        fields = {name: list(value) if isinstance(value, tuple) else value for name, value in vars(self).items()}
+        return {**fields, "operator": self.operator.to_dict() if self.operator else PLAIN}
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> "ModelSpec":
+        """Return the spec that :meth:`to_dict` described; further fields are ignored."""
+        values = {field.name: fields[field.name] for field in dataclasses.fields(cls)}
+        values.update({name: tuple(values[name]) for name in ("class_names", "mean", "std")})
+        operator = values["operator"]
+        return cls(**{**values, "operator": None if operator == PLAIN else OperatorConfig.parse(operator)})
+
+    def build(self) -> "ImageModel":
+        """Return a freshly initialised model of this spec, in training mode."""
+        return build(
+            self.architecture,
+            self.operator or PLAIN,
+            class_names=self.class_names,
+            in_chans=self.in_chans,
+            input_size=self.input_size,
+            mean=self.mean,
+            std=self.std,
+            **self.model_args,
+        )
+
+
+class ImageModel(nn.Module):
+    """A network that takes images in [0, 1] and normalises them itself.
+
+    Attributes:
+        network: the plain or decoupled network.
+        spec: the :class:`ModelSpec` it was built from.
+        transform: turns a PIL image into one image of the shape below.
+
+    Shape:
+        (N, in_chans, H, W), floats in [0, 1], to logits (N, num_classes).
+
+    Raises:
+        TypeError: images that are not floating point.
+        ValueError: images of another shape, or plainly not in [0, 1] (looked at until a first batch has passed).
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, network: nn.Module, spec: ModelSpec) -> None:
+        super().__init__()
+        self.network = network
+        self.spec = spec
+        self.register_buffer("mean", torch.tensor(spec.mean).view(-1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(spec.std).view(-1, 1, 1), persistent=False)
+        self._range_is_checked = False
+
+    def forward(self, images: Tensor) -> Tensor:
+        self._check(images)
+        return self.network((images - self.mean) / self.std)
+
+    @property
+    def transform(self) -> ImageTransform:
+        return ImageTransform(self.spec.in_chans, self.spec.input_size)
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        return self.spec.class_names
+
+    def reset_classifier(self, class_names: Sequence[str]) -> None:
+        """Give the network a fresh classifier for these classes."""
+        self.network.reset_classifier(len(class_names))
+        self.spec = dataclasses.replace(self.spec, class_names=tuple(class_names))
+
+    def _check(self, images: Tensor) -> None:
+        if not images.is_floating_point():
+            raise TypeError(f"images must be floats in [0, 1], got {images.dtype}; use image.float() / 255")
+        if images.dim() != 4 or images.shape[1] != self.spec.in_chans:
+            raise ValueError(
+                f"images must have shape (N, {self.spec.in_chans}, H, W), got {tuple(images.shape)}; "
+                "model.transform turns a PIL image into one of them"
+            )
+        # Data-dependent, so it stays out of compiled, exported and vmapped graphs.
+        if self._range_is_checked or torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack():
+            return
+        low, high = (bound.item() for bound in images.detach().aminmax())
+        if low < -0.5 or high > 1.5:
+            raise ValueError(
+                f"images must be in [0, 1], got values from {low:.3g} to {high:.3g}; "
+                "divide bytes by 255, and do not normalise: the model does"
+            )
+        self._range_is_checked = True
+
+
+def build(
+    architecture: str,
+    operator: OperatorConfig | str | Mapping[str, Any] = PLAIN,
+    *,
+    num_classes: int | None = None,
+    in_chans: int = 3,
+    input_size: int | None = None,
+    class_names: Sequence[str] | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    **architecture_args: Any,
+) -> ImageModel:
+    """Return a freshly initialised model in training mode.
+
+    Args:
+        architecture: one of ours (``cnn9``, ``resnet20``, ...) or any timm architecture.
+        operator: ``"conv"`` for the plain network, or an operator as :func:`convert_decoupled` takes it.
+        num_classes: number of logits; by default as many as ``class_names``, else 10.
+        in_chans: channels of the images.
+        input_size: height and width of the images, in pixels; by default what the architecture is made for.
+        class_names: one for each class; ``"0"``, ``"1"``, ... by default.
+        mean, std: of the pixels in [0, 1], one for each channel; ImageNet's for RGB by default, else 0.5 and 0.25.
+        architecture_args: further arguments of the architecture, e.g. ``batch_norm=False``.
+
+    Raises:
+        ValueError: an unknown architecture or operator, or numbers that do not fit together.
+        TypeError: an argument that the architecture does not have.
+    """
+    config = None if operator == PLAIN else OperatorConfig.parse(operator)
+    names = _class_names(class_names, num_classes)
+    if in_chans < 1:
+        raise ValueError(f"in_chans must be at least 1, got {in_chans}")
+    network = _build_network(architecture, len(names), in_chans, input_size, architecture_args)
+    if config is not None:
+        convert_decoupled(network, config)
+    rgb = in_chans == 3
+    default_mean, default_std = (IMAGENET_MEAN, IMAGENET_STD) if rgb else ([0.5] * in_chans, [0.25] * in_chans)
+    spec = ModelSpec(
+        architecture=architecture,
+        operator=config,
+        class_names=names,
+        in_chans=in_chans,
+        input_size=input_size or _default_input_size(network),
+        mean=_per_channel("mean", mean or default_mean, in_chans),
+        std=_per_channel("std", std or default_std, in_chans),
+        model_args=architecture_args,
+    )
+    return ImageModel(network, spec)
+
+
+def list_architectures(own: bool = False) -> list[str]:
+    """Return the names that :func:`build` takes: our own, and unless ``own`` all of timm's."""
+    return sorted(ARCHITECTURES) if own else timm.list_models()
+
+
+def _build_network(
+    architecture: str, num_classes: int, in_chans: int, input_size: int | None, architecture_args: dict[str, Any]
+) -> nn.Module:
+    arguments = {"num_classes": num_classes, "in_chans": in_chans, **architecture_args}
+    function = ARCHITECTURES.get(architecture)
+    if function is None:
+        if not timm.is_model(architecture):
+            message = unknown_name("architecture", architecture, ARCHITECTURES, unlisted=timm.list_models())
+            raise ValueError(f"{message} zoo.list_architectures() lists them all.")
+        return timm.create_model(architecture, **arguments)
+    legal = inspect.signature(function).parameters
+    for argument in architecture_args:
+        if argument not in legal:
+            raise TypeError(unknown_name(f"argument of {architecture}", argument, legal))
+    if input_size and "input_size" in legal:
+        arguments["input_size"] = input_size
+    return function(**arguments)
+
+
+def _default_input_size(network: nn.Module) -> int:
+    return network.input_size if hasattr(network, "input_size") else network.pretrained_cfg["input_size"][-1]
+
+
+def _class_names(class_names: Sequence[str] | None, num_classes: int | None) -> tuple[str, ...]:
+    if class_names is None:
+        class_names = [str(label) for label in range(10 if num_classes is None else num_classes)]
+    if num_classes is not None and num_classes != len(class_names):
+        raise ValueError(f"num_classes={num_classes}, but there are {len(class_names)} class names")
+    if not class_names:
+        raise ValueError("a model needs at least one class")
+    return tuple(class_names)
+
+
+def _per_channel(what: str, values: Sequence[float], in_chans: int) -> tuple[float, ...]:
+    if len(values) != in_chans:
+        raise ValueError(f"{what} needs one number for each of the {in_chans} channels, got {list(values)}")
+    if what == "std" and min(values) <= 0:
+        raise ValueError(f"std must be more than 0, got {list(values)}")
+    return tuple(float(value) for value in values)
+
+
+def _register(name: str, function: Callable[..., nn.Module]) -> None:
+    """Make ``timm.create_model(name)`` build the plain network."""
+
+    def entry_point(
+        pretrained: bool = False,
+        pretrained_cfg: object = None,
+        pretrained_cfg_overlay: object = None,
+        cache_dir: object = None,
+        **arguments: Any,
+    ) -> nn.Module:
+        if pretrained:
+            raise ValueError(f"{name} has no weights in timm; trained ones are loaded by zoo.load")
+        return function(**arguments)
+
+    entry_point.__name__ = name
+    entry_point.__doc__ = function.__doc__
+    entry_point.__module__ = function.__module__
+    timm.models.register_model(entry_point)
+
+
+for _name, _function in ARCHITECTURES.items():
+    _register(_name, _function)

@@ -1,0 +1,85 @@
+"""Pictures: an operator's curves, and classified images."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from operators import OperatorConfig
+
+matplotlib.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "font.size": 10})
+
+LINE, REFERENCE, WRONG = "tab:blue", "tab:gray", "tab:red"
+
+
+def draw_magnitude(axes: Axes, operator: OperatorConfig) -> None:
+    """Draw ``h`` over the patch norm from 0 to 4, for a filter of unit norm, beside the plain convolution's."""
+    n = torch.linspace(0.01, 4, 400)
+    h = operator.build_magnitude(channels=1).eval()(n, torch.ones(()))
+    axes.plot(n, n, "--", color=REFERENCE, label="convolution")
+    axes.plot(n, h.detach(), color=LINE, label=operator.magnitude)
+    axes.set(xlabel="patch norm ‖x‖", ylabel="magnitude h(‖x‖)", xlim=(0, 4), ylim=(0, 2.5))
+    axes.legend(frameon=False)
+
+
+def draw_angular(axes: Axes, operator: OperatorConfig) -> None:
+    """Draw ``g`` over the angle from 0 to π, beside the plain convolution's cosine."""
+    theta = torch.linspace(0, math.pi, 400)
+    axes.plot(theta, theta.cos(), "--", color=REFERENCE, label="convolution")
+    axes.plot(theta, operator.build_angular()(theta.cos()), color=LINE, label=operator.angular)
+    axes.set(xlabel="angle θ between filter and patch", ylabel="angular function g(θ)", xlim=(0, math.pi))
+    axes.set_xticks([0, math.pi / 2, math.pi], ["0", "π/2", "π"])
+    axes.legend(frameon=False)
+
+
+def plot_operator(operator: OperatorConfig, path: Path) -> None:
+    """Write the curves of ``h`` and ``g`` as a PNG."""
+    figure = Figure(figsize=(8, 3.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    draw_magnitude(left, operator)
+    draw_angular(right, operator)
+    _write(figure, path)
+
+
+def plot_predictions(
+    images: Tensor,
+    labels: Sequence[str],
+    predicted: Sequence[str],
+    probabilities: Sequence[float],
+    operator: OperatorConfig,
+    title: str,
+    path: Path,
+) -> None:
+    """Write a PNG of at most 24 classified images beside the curves of the operator that classified them.
+
+    Args:
+        images: (N, C, H, W) in [0, 1].
+        labels, predicted: the true and the predicted class of each.
+        probabilities: of the predicted classes.
+    """
+    figure = Figure(figsize=(12, 6), layout="constrained")
+    left, right = figure.subfigures(1, 2, width_ratios=(3, 2))
+    left.suptitle(title)
+    for axes in left.subplots(4, 6).flat:
+        axes.axis("off")
+    for axes, image, label, guess, probability in zip(
+        left.axes, images, labels, predicted, probabilities, strict=False
+    ):
+        axes.imshow(image.permute(1, 2, 0), cmap="gray_r", vmin=0, vmax=1)
+        text = f"{guess} ({probability:.0%})" + ("" if guess == label else f"\nis {label}")
+        axes.set_title(text, fontsize=9, color="black" if guess == label else WRONG)
+    right.suptitle(operator.name)
+    above, below = right.subplots(2, 1)
+    draw_magnitude(above, operator)
+    draw_angular(below, operator)
+    _write(figure, path)
+
+
+def _write(figure: Figure, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
