@@ -16,8 +16,8 @@ $(VENV)/ready: pyproject.toml
 demo: setup  ## Train, test, export, load and use a decoupled CNN on real digits.
 	rm -rf outputs/demo
 	$(RUN) train.py fit --config configs/$(DEMO).yaml --checkpoint.dirpath outputs/demo
-	$(RUN) train.py test --config configs/$(DEMO).yaml --ckpt_path outputs/demo/best.ckpt
-	$(RUN) -m zoo export outputs/demo/best.ckpt $(DEMO) --to outputs/demo
+	$(RUN) train.py test --config configs/$(DEMO).yaml --ckpt_path outputs/demo/last.ckpt
+	$(RUN) -m zoo export outputs/demo/last.ckpt $(DEMO) --to outputs/demo
 	$(RUN) -m zoo demo outputs/demo/$(DEMO) --output outputs/demo.png
 
 test: setup lint  ## Run all tests but the slow sweeps.

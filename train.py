@@ -13,7 +13,8 @@ def main() -> None:
             subclass_mode_data=True,
             seed_everything_default=0,
             trainer_defaults=TRAINER_DEFAULTS,
-            parser_kwargs={"default_env": False},
+            auto_configure_optimizers=False,
+            parser_kwargs={"exit_on_error": False},
             save_config_kwargs={"overwrite": True},
         )
 

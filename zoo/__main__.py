@@ -11,11 +11,16 @@ from rich.table import Table
 
 import zoo
 from zoo.checkpoints import PRETRAINED, read_config
+from zoo.classifier import read_lightning_checkpoint, read_record
 from zoo.cli import readable_errors
 from zoo.data import ImageData, build_data
 from zoo.models import ModelSpec
+from zoo.plots import plot_predictions
 
 ROOT = Path(__file__).resolve().parent.parent
+
+# Arguments of data modules that hold on one machine only, or for one use.
+LOCAL = ("root", "predict", "download", "num_workers", "memory_limit_mb")
 
 
 def main() -> None:
@@ -64,8 +69,10 @@ def verify(arguments: argparse.Namespace) -> None:
     for name in arguments.names or zoo.list_checkpoints():
         batches = None
         if arguments.accuracy:
-            record = read_config(zoo.find(name))["training"]["data"]
-            batches = _data(record, arguments.root).evaluation_batches("test")
+            training = read_config(zoo.find(name))["training"]
+            if "data" not in training:
+                raise ValueError(f"{name} does not say what data it was trained on, so its accuracy is not measured")
+            batches = _data(training["data"], arguments.root).evaluation_batches("test")
         problems = zoo.verify(name, batches)
         print(f"{name}: {'ok' if not problems else '; '.join(problems)}")
         failed = failed or bool(problems)
@@ -73,40 +80,32 @@ def verify(arguments: argparse.Namespace) -> None:
 
 
 def export(arguments: argparse.Namespace) -> None:
-    from zoo.classifier import read_record
-
-    if not arguments.checkpoint.is_file():
-        raise FileNotFoundError(f"no Lightning checkpoint at {arguments.checkpoint}; train.py fit prints where it is")
-    saved = torch.load(arguments.checkpoint, map_location="cpu", weights_only=True)
+    saved = read_lightning_checkpoint(arguments.checkpoint)
     record = read_record(saved)
     spec = ModelSpec.from_dict(record["spec"])
     expected = f"{spec.architecture}_{spec.operator_name}"
     if not arguments.name.endswith(f"_{expected}"):
-        raise ValueError(f"a checkpoint is called <data>_{expected}, got {arguments.name!r}")
+        raise ValueError(f"a checkpoint of this network is called <data>_{expected}, got {arguments.name!r}")
+    folder = arguments.to / arguments.name
+    if folder.exists() and not arguments.overwrite:
+        raise FileExistsError(f"{folder} exists; choose another name or parent (--to), or replace it (--overwrite)")
     model = spec.build()
     prefix = "model."
-    weights = {key.removeprefix(prefix): value for key, value in saved["state_dict"].items() if key.startswith(prefix)}
-    model.load_state_dict(weights)
-    data = _data(record["training"]["data"], arguments.root)
+    model.load_state_dict(
+        {key.removeprefix(prefix): value for key, value in saved["state_dict"].items() if key.startswith(prefix)}
+    )
+    data = _data(record["data"], arguments.root)
     metrics = []
     for split in ("val", "test"):
         value, images = zoo.accuracy(model, data.evaluation_batches(split))
         metrics.append(zoo.Metric("accuracy", value, data.title, split, images))
-        print(f"accuracy {value:.4f} on the {images:,} images of {data.title}'s {split} split")
-    folder = zoo.save(
-        model,
-        arguments.to / arguments.name,
-        metrics=metrics,
-        training=record["training"],
-        licence=data.licence,
-        overwrite=arguments.overwrite,
-    )
+        print(f"accuracy {value:.4f} on {data.title}, {split} split, {images:,} images")
+    training = {**record["training"], "data": _portable(record["data"])}
+    zoo.save(model, folder, metrics=metrics, training=training, licence=data.licence, overwrite=arguments.overwrite)
     print(f"written: {folder}")
 
 
 def demo(arguments: argparse.Namespace) -> None:
-    from zoo.plots import plot_predictions
-
     model = torch.hub.load(str(ROOT), "checkpoint", arguments.folder, source="local")
     data = build_data("Digits")
     images, labels = next(iter(data.evaluation_batches("test")))
@@ -130,6 +129,12 @@ def _data(record: dict[str, Any], root: str | None) -> ImageData:
     if root is not None:
         arguments["root"] = root
     return build_data(record["name"], **arguments)
+
+
+def _portable(record: dict[str, Any]) -> dict[str, Any]:
+    """Return the description of a data module without what is this machine's own."""
+    arguments = {key: value for key, value in record["arguments"].items() if key not in LOCAL and value is not None}
+    return {"name": record["name"], "arguments": arguments}
 
 
 if __name__ == "__main__":

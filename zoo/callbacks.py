@@ -1,12 +1,13 @@
-"""Callbacks: the authors' optional training tricks, and the table of predictions."""
+"""Callbacks: the authors' optional training tricks, the last checkpoint, and the table of predictions."""
 
 import csv
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import BasePredictionWriter, Callback
+from lightning.pytorch.callbacks import BasePredictionWriter, Callback, Checkpoint, ModelCheckpoint
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -55,6 +56,17 @@ class WeightedGradients(Callback):
                 layer.weight.grad *= filter_norm(layer.weight.detach(), eps=layer.operator.eps)
 
 
+class LastCheckpoint(Checkpoint):
+    """Save every epoch's end as last.ckpt, beside the best epoch that ``ModelCheckpoint`` keeps.
+
+    ``ModelCheckpoint(save_last=True)`` writes last.ckpt only when it writes the best one too (Lightning 2.6).
+    """
+
+    def on_train_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        folder = next(callback.dirpath for callback in trainer.callbacks if isinstance(callback, ModelCheckpoint))
+        trainer.save_checkpoint(Path(folder) / "last.ckpt")
+
+
 class PredictionTable(BasePredictionWriter):
     """Show the predicted classes of ``python train.py predict`` as a table, and write them all as CSV.
 
@@ -80,27 +92,30 @@ class PredictionTable(BasePredictionWriter):
     ) -> None:
         probabilities, labels = torch.cat(predictions).cpu().sort(1, descending=True)
         names = module.model.class_names
-        places = min(self.top, len(names))
+        places = range(min(self.top, len(names)))
         rows = [
-            [file, *(cell for place in range(places) for cell in (names[order[place]], f"{values[place]:.4f}"))]
+            [(file, ""), *((names[order[place]], f"{values[place]:.4f}") for place in places)]
             for file, order, values in zip(trainer.datamodule.predict_files, labels, probabilities, strict=True)
         ]
-        header = ["image", *(f"{what} {place + 1}" for place in range(places) for what in ("class", "probability"))]
-        self._show(header, rows)
+        self._show(rows)
         if self.output:
-            self._write(Path(self.output), header, rows)
+            header = ["image", *(f"{what} {place + 1}" for place in places for what in ("class", "probability"))]
+            self._write(Path(self.output), [header, *([file, *chain(*guesses)] for (file, _), *guesses in rows)])
 
-    def _show(self, header: list[str], rows: list[list[str]]) -> None:
-        table = Table(*header, caption=f"{min(self.rows, len(rows))} of {len(rows)} images")
+    def _show(self, rows: list[list[tuple[str, str]]]) -> None:
+        table = Table(caption=f"{min(self.rows, len(rows))} of {len(rows)} images")
+        table.add_column("image", overflow="fold")
+        for place in range(1, len(rows[0])):
+            table.add_column(f"class {place}", no_wrap=True)
         for row in rows[: self.rows]:
-            table.add_row(*row)
+            table.add_row(*(" ".join(cell) for cell in row))
         Console().print(table)
 
-    def _write(self, path: Path, header: list[str], rows: list[list[str]]) -> None:
+    def _write(self, path: Path, rows: list[list[str]]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         draft = path.with_name(path.name + ".part")
         with open(draft, "w", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerows([header, *rows])
+            csv.writer(file).writerows(rows)
         draft.replace(path)
 
 

@@ -11,6 +11,7 @@ def model_card(config: Mapping[str, Any]) -> str:
     plain = isinstance(operator, str)
     operator_name = operator if plain else f"{operator['magnitude']}_{operator['angular']}"
     convolutions = "ordinary convolutions" if plain else f"the decoupled operator `{operator_name}`"
+    colours = {1: "grey", 3: "RGB"}.get(config["in_chans"], f"{config['in_chans']} channels")
     lines = [
         "---",
         f"license: {_licence_identifier(config['licence'])}",
@@ -22,7 +23,7 @@ def model_card(config: Mapping[str, Any]) -> str:
         f"# {name}",
         "",
         f"`{config['architecture']}` with {convolutions}, for {len(config['class_names'])} classes. It takes images of "
-        f"{config['input_size']}×{config['input_size']} pixels and {config['in_chans']} channel(s) in [0, 1]; "
+        f"{config['input_size']}×{config['input_size']} pixels in [0, 1], {colours}; "
         "normalisation is inside the model.",
         "",
         "```python",
@@ -43,7 +44,9 @@ def model_card(config: Mapping[str, Any]) -> str:
     lines.append(f"| parameters | {config['parameters']:,} |")
     if not plain:
         lines.append(f"| operator | `{json.dumps(operator)}` |")
-    lines += [f"| {key.replace('_', ' ')} | {value} |" for key, value in config["training"].items()]
+    for key, value in config["training"].items():
+        text = value if isinstance(value, str | int) else f"`{json.dumps(value)}`"
+        lines.append(f"| {key.replace('_', ' ')} | {text} |")
     lines += [
         f"| classes | {', '.join(config['class_names'])} |",
         f"| licence of the weights | {config['licence']} |",

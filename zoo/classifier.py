@@ -7,12 +7,14 @@ import platform
 import shlex
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
@@ -81,6 +83,7 @@ class Classifier(L.LightningModule):
         data = self._data()
         if self.model is None:
             self._set_model(self._build(data, stage))
+            rank_zero_info(f"{_identity(self.model.spec)}, {sum(p.numel() for p in self.parameters()):,} parameters")
         if stage != "predict" and self.model.class_names != tuple(data.class_names):
             raise ValueError(
                 f"the model knows the classes {list(self.model.class_names)}, but {data.title} has {data.class_names}; "
@@ -137,14 +140,15 @@ class Classifier(L.LightningModule):
         data = self._data()
         checkpoint[RECORD] = {
             "spec": self.model.spec.to_dict(),
-            "data": {"name": type(data).__name__, "arguments": dict(data.hparams)},
+            "model": _own(self.hparams),
+            "data": {"name": type(data).__name__, "arguments": _own(data.hparams)},
             "training": {
                 "epochs": self.current_epoch + 1,
                 "command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
                 "seed": os.environ.get("PL_GLOBAL_SEED", "none"),
                 "commit": _commit(),
                 "hardware": _hardware(self.device),
-                "torch": torch.__version__,
+                "torch": str(torch.__version__),
             },
         }
 
@@ -238,8 +242,10 @@ def read_lightning_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"{path} is no Lightning checkpoint, or is damaged ({reason}); use an earlier one") from error
+        raise ValueError(
+            f"{path} cannot be read as a Lightning checkpoint ({type(error).__name__}): it is damaged, or another kind "
+            "of file; use an earlier checkpoint of the run"
+        ) from error
     read_record(checkpoint)
     return checkpoint
 
@@ -253,6 +259,11 @@ def read_record(checkpoint: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(checkpoint, dict) or RECORD not in checkpoint:
         raise ValueError("this Lightning checkpoint was not written by zoo.classifier.Classifier (python train.py fit)")
     return checkpoint[RECORD]
+
+
+def _own(hparams: Mapping[str, Any]) -> dict[str, Any]:
+    """Return hyperparameters without those that Lightning adds for itself."""
+    return {name: value for name, value in hparams.items() if not name.startswith("_")}
 
 
 def _identity(spec: ModelSpec) -> str:

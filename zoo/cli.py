@@ -3,18 +3,26 @@
 import argparse
 import contextlib
 import json
+import logging
 import os
+import re
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from operators.lookup import look_up
-from zoo.callbacks import PredictionTable
+from operators.lookup import look_up, unknown_name
+from zoo.callbacks import LastCheckpoint, PredictionTable
 from zoo.classifier import read_lightning_checkpoint, read_record
 from zoo.data import DATA
+
+# Lightning's advertisement, and a deprecated function that it calls itself.
+logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "litlogger" not in record.msg)
+warnings.filterwarnings("ignore", message=".*LeafSpec", module="lightning")
 
 TRAINER_DEFAULTS = {
     "max_epochs": 40,
@@ -23,6 +31,7 @@ TRAINER_DEFAULTS = {
     "default_root_dir": "outputs",
     "log_every_n_steps": 10,
     "num_sanity_val_steps": 0,
+    "enable_model_summary": False,
     "logger": {
         "class_path": "lightning.pytorch.loggers.CSVLogger",
         "init_args": {"save_dir": "outputs", "name": "runs"},
@@ -34,8 +43,8 @@ TRAINER_DEFAULTS = {
 class ZooCLI(LightningCLI):
     """``LightningCLI`` with a checkpoint of the best and the last epoch, and a table of predictions.
 
-    ``--ckpt_path FILE`` stands for the model and data settings it was trained with: they act as if they were written
-    first on the command line, so a configuration file and further options override them.
+    ``--ckpt_path FILE`` stands for the model and data settings it was trained with, and for its folder: they act as if
+    they were written first on the command line, so a configuration file and further options override them.
 
     Raises:
         ValueError: ``test``, ``validate`` or ``predict`` of an untrained network, or a checkpoint that cannot be read.
@@ -49,17 +58,31 @@ class ZooCLI(LightningCLI):
                 "checkpoint.monitor": "val_accuracy",
                 "checkpoint.mode": "max",
                 "checkpoint.filename": "best",
-                "checkpoint.save_last": True,
+                "data": {"class_path": "zoo.data.Digits"},
             }
         )
+        parser.add_lightning_class_args(LastCheckpoint, "last")
         parser.add_lightning_class_args(PredictionTable, "predictions")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         arguments = sys.argv[1:] if args is None else list(args)
         subcommand = next((place for place, word in enumerate(arguments, 1) if word in self.subcommands()), 0)
         settings = checkpoint_settings(arguments) if subcommand else []
-        self.config = parser.parse_args([*arguments[:subcommand], *settings, *arguments[subcommand:]])
+        try:
+            self.config = parser.parse_args([*arguments[:subcommand], *settings, *arguments[subcommand:]])
+        except argparse.ArgumentError as error:
+            if unknown := re.search(r"Expected a dot import path string: (\S+)", str(error)):
+                raise ValueError(unknown_name("data set", unknown[1], DATA)) from error
+            raise
         self.asked = self.config.clone()
+
+    def after_fit(self) -> None:
+        checkpoint = self.trainer.checkpoint_callback
+        if checkpoint.best_model_path:
+            rank_zero_info(
+                f"best {checkpoint.monitor} {checkpoint.best_model_score:.4f}: "
+                f"{os.path.relpath(checkpoint.best_model_path)}"
+            )
 
     def before_instantiate_classes(self) -> None:
         # Lightning has put the checkpoint's settings above the command line's.
@@ -73,23 +96,23 @@ class ZooCLI(LightningCLI):
 
 
 def checkpoint_settings(arguments: Sequence[str]) -> list[str]:
-    """Return the options that describe the network and the data of the ``--ckpt_path`` among ``arguments``."""
+    """Return options for the network, the data and the folder of the ``--ckpt_path`` among ``arguments``."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--ckpt_path")
     parser.add_argument("--data.predict", dest="predict")
     known, _ = parser.parse_known_args(arguments)
     if known.ckpt_path is None:
         return []
-    checkpoint = read_lightning_checkpoint(known.ckpt_path)
-    record = read_record(checkpoint)
+    record = read_record(read_lightning_checkpoint(known.ckpt_path))
     model = {
-        **checkpoint["hyper_parameters"],
+        **record["model"],
         "pretrained": None,
         "architecture": record["spec"]["architecture"],
         "architecture_args": record["spec"]["model_args"],
         "operator": record["spec"]["operator"],
     }
-    settings = ["--model", json.dumps(model)]
+    folder = os.path.dirname(os.path.abspath(known.ckpt_path))
+    settings = ["--model", json.dumps(model), "--checkpoint.dirpath", folder]
     # Images to predict on are decoded as the network wants them, so the training images need not be there.
     if known.predict is None:
         kind = look_up(DATA, record["data"]["name"], "data set")
@@ -103,8 +126,22 @@ def readable_errors() -> Iterator[None]:
     """Turn errors that a person can cure into one message and exit status 1; ``ZOO_TRACEBACK=1`` shows the stack."""
     try:
         yield
-    except (ValueError, TypeError, OSError, MisconfigurationException) as error:
+    except (argparse.ArgumentError, ValueError, TypeError, OSError, MisconfigurationException) as error:
         if os.environ.get("ZOO_TRACEBACK"):
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {shortened(str(error))}", file=sys.stderr)
         sys.exit(1)
+
+
+def shortened(message: str) -> str:
+    """Leave out of jsonargparse's message the alternatives that nobody meant: that the value could have been null."""
+    pattern = (
+        r"(?s)(.*?)\s*Does not validate against any of the Union subtypes.*?Errors:\n(.*?)\s*Given value type: .*?"
+        r"Given value: (.*)"
+    )
+    if not (found := re.fullmatch(pattern, message)):
+        return message
+    where, problems, value = found.groups()
+    alternatives = [text.strip() for text in re.split(r"^\s+- ", problems, flags=re.MULTILINE)]
+    meant = "; ".join(text for text in alternatives if text and "NoneType" not in text)
+    return f"{where} {meant}; got {value}" if where else meant

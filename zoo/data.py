@@ -33,7 +33,8 @@ from zoo.transforms import ImageTransform
 
 Augment = Literal["none", "crop", "crop_flip"]
 AUGMENTS = ("none", "crop", "crop_flip")
-STAGES = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("predict",)}
+# Images to predict on are read later, when it is known what the network takes.
+STAGES = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ()}
 
 # Held-out images never depend on the global seed, so that accuracies of different runs compare.
 SPLIT_SEED = 0
@@ -221,10 +222,10 @@ class ImageData(L.LightningDataModule, abc.ABC):
         for images, labels in DataLoader(self.split(split), self.batch_size, collate_fn=_as_it_is):
             yield to_float(images), labels
 
-    def image_set(self, files: Sequence[Path], labels: Tensor) -> ImageSet:
+    def image_set(self, files: Sequence[Path], labels: Tensor, transform: ImageTransform | None = None) -> ImageSet:
         """Decode ``files`` into memory, or leave them on disk where that takes more than ``memory_limit_mb``."""
-        transform = ImageTransform(self.in_chans, self.input_size)
-        size = len(files) * self.in_chans * self.input_size**2
+        transform = transform or ImageTransform(self.in_chans, self.input_size)
+        size = len(files) * transform.in_chans * transform.input_size**2
         if size > self.memory_limit_mb * 2**20:
             return DiskImages(files, labels, transform)
         return MemoryImages(decode_all(files, transform), labels)
@@ -245,7 +246,8 @@ class ImageData(L.LightningDataModule, abc.ABC):
             self.predict_files = [f"test image {index}" for index in range(len(test))]
             return test
         files = [Path(file) for file in self.predict_files]
-        transform = self.trainer.lightning_module.model.transform
+        # The network that predicts may have been trained on other images than these.
+        transform = self.trainer.lightning_module.model.transform if self.trainer else None
         return self.image_set(files, torch.full((len(files),), UNLABELLED), transform)
 
     def _loader(self, split: str) -> DataLoader:
@@ -272,6 +274,8 @@ class Digits(ImageData):
 
     A fixed fifth (360 images, each digit in its share) is the test split.
 
+    Source: Alpaydin and Kaynak, Optical Recognition of Handwritten Digits, UCI Machine Learning Repository.
+
     Args:
         batch_size: images a batch (and a device).
         val_fraction: share of the training images held out for validation, in (0, 0.5].
@@ -285,7 +289,7 @@ class Digits(ImageData):
     mean = [0.3053]
     std = [0.3760]
     title = "Digits"
-    licence = "CC BY 4.0 (Alpaydin and Kaynak, UCI Optical Recognition of Handwritten Digits)"
+    licence = "CC-BY-4.0"
     default_augment = "crop"
 
     def __init__(
@@ -382,7 +386,7 @@ class MNIST(TorchvisionData):
     mean = [0.1307]
     std = [0.3081]
     title = "MNIST"
-    licence = "CC BY-SA 3.0 (LeCun, Cortes and Burges)"
+    licence = "CC-BY-SA-3.0"
     default_augment = "crop"
 
 
@@ -538,11 +542,12 @@ def decode_all(files: Sequence[Path], transform: ImageTransform) -> Tensor:
     Raises:
         ValueError: some are no readable images; all are counted and the first ten named.
     """
-    images = torch.empty(len(files), transform.in_chans, transform.input_size, transform.input_size, dtype=torch.uint8)
+    # An array, for threads do not share torch's inference mode, and refuse to write to its tensors.
+    images = np.empty((len(files), transform.in_chans, transform.input_size, transform.input_size), dtype=np.uint8)
 
     def decode_one(index: int) -> str | None:
         try:
-            images[index] = decode(files[index], transform)
+            images[index] = decode(files[index], transform).numpy()
         except ValueError:
             return str(files[index])
         return None
@@ -556,7 +561,7 @@ def decode_all(files: Sequence[Path], transform: ImageTransform) -> Tensor:
         raise ValueError(
             f"{len(broken)} of {len(files)} images cannot be read: {_first(broken)}; remove or replace them"
         )
-    return images
+    return torch.from_numpy(images)
 
 
 def stratified_split(labels: Tensor, count: int) -> tuple[Tensor, Tensor]:

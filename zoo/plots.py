@@ -14,15 +14,16 @@ from operators import OperatorConfig
 
 matplotlib.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "font.size": 10})
 
-LINE, REFERENCE, WRONG = "tab:blue", "tab:gray", "tab:red"
+LINE, WRONG = "tab:blue", "tab:red"
+REFERENCE = {"color": "black", "linestyle": "--", "linewidth": 1, "label": "convolution"}
 
 
 def draw_magnitude(axes: Axes, operator: OperatorConfig) -> None:
     """Draw ``h`` over the patch norm from 0 to 4, for a filter of unit norm, beside the plain convolution's."""
     n = torch.linspace(0.01, 4, 400)
     h = operator.build_magnitude(channels=1).eval()(n, torch.ones(()))
-    axes.plot(n, n, "--", color=REFERENCE, label="convolution")
     axes.plot(n, h.detach(), color=LINE, label=operator.magnitude)
+    axes.plot(n, n, **REFERENCE)
     axes.set(xlabel="patch norm ‖x‖", ylabel="magnitude h(‖x‖)", xlim=(0, 4), ylim=(0, 2.5))
     axes.legend(frameon=False)
 
@@ -30,8 +31,8 @@ def draw_magnitude(axes: Axes, operator: OperatorConfig) -> None:
 def draw_angular(axes: Axes, operator: OperatorConfig) -> None:
     """Draw ``g`` over the angle from 0 to π, beside the plain convolution's cosine."""
     theta = torch.linspace(0, math.pi, 400)
-    axes.plot(theta, theta.cos(), "--", color=REFERENCE, label="convolution")
     axes.plot(theta, operator.build_angular()(theta.cos()), color=LINE, label=operator.angular)
+    axes.plot(theta, theta.cos(), **REFERENCE)
     axes.set(xlabel="angle θ between filter and patch", ylabel="angular function g(θ)", xlim=(0, math.pi))
     axes.set_xticks([0, math.pi / 2, math.pi], ["0", "π/2", "π"])
     axes.legend(frameon=False)
