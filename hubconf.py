@@ -60,7 +60,7 @@ def _checkpoint_entry(name, config):
         return zoo.load_untrained(name, num_classes=num_classes, device=device)
 
     measured = "; ".join(
-        f"{m['name']} {m['value']:.4f} on {m['images']:,} images of {m['dataset']}'s {m['split']} split"
+        f"{m['name']} {m['value']:.4f} on {m['dataset']}, {m['split']} split, {m['images']:,} images"
         for m in config["metrics"]
     )
     entry.__name__ = name

@@ -1,4 +1,4 @@
-"""``python -m zoo``: list, verify and export checkpoints, and show one at work."""
+"""``python -m zoo``: list, verify and export checkpoints, show one at work, and draw the operators."""
 
 import argparse
 import sys
@@ -15,7 +15,7 @@ from zoo.classifier import read_lightning_checkpoint, read_record
 from zoo.cli import readable_errors
 from zoo.data import ImageData, build_data
 from zoo.models import ModelSpec
-from zoo.plots import plot_predictions
+from zoo.plots import plot_operators, plot_predictions
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -49,18 +49,23 @@ def main() -> None:
     command.add_argument("--output", type=Path, default=Path("outputs/demo.png"), help="the picture")
     command.set_defaults(function=demo)
 
+    command = commands.add_parser("curves", help="draw every magnitude and angular function")
+    command.add_argument("--output", type=Path, default=Path("outputs/operators.png"), help="the picture")
+    command.set_defaults(function=curves)
+
     arguments = parser.parse_args()
     with readable_errors():
         arguments.function(arguments)
 
 
 def show_list(arguments: argparse.Namespace) -> None:
-    table = Table("checkpoint", "metric", "value", "images", "parameters")
+    table = Table("checkpoint", "data", "accuracy", "images", "parameters")
+    table.columns[0].no_wrap = True
     for name in zoo.list_checkpoints():
         config = read_config(PRETRAINED / name)
         for metric in config["metrics"]:
-            title = f"{metric['name']} on {metric['dataset']}, {metric['split']}"
-            table.add_row(name, title, f"{metric['value']:.4f}", f"{metric['images']:,}", f"{config['parameters']:,}")
+            row = f"{metric['dataset']}, {metric['split']}", f"{metric['value']:.4f}", f"{metric['images']:,}"
+            table.add_row(name, *row, f"{config['parameters']:,}")
     Console().print(table)
 
 
@@ -121,6 +126,11 @@ def demo(arguments: argparse.Namespace) -> None:
     correct = sum(guess == label for guess, label in zip(predicted, truth, strict=True))
     title = f"{Path(arguments.folder).name}: {correct} of {len(images)} held-out digits right"
     plot_predictions(images, truth, predicted, probabilities.tolist(), model.spec.operator, title, arguments.output)
+    print(f"picture: {arguments.output}")
+
+
+def curves(arguments: argparse.Namespace) -> None:
+    plot_operators(arguments.output)
     print(f"picture: {arguments.output}")
 
 

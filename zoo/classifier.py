@@ -241,23 +241,23 @@ def read_lightning_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise FileNotFoundError(f"no Lightning checkpoint {path}; train.py fit writes best.ckpt and last.ckpt")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as error:
+    except (RuntimeError, EOFError, KeyError, OSError, pickle.UnpicklingError) as error:
         raise ValueError(
             f"{path} cannot be read as a Lightning checkpoint ({type(error).__name__}): it is damaged, or another kind "
             "of file; use an earlier checkpoint of the run"
         ) from error
-    read_record(checkpoint)
+    read_record(checkpoint, path)
     return checkpoint
 
 
-def read_record(checkpoint: dict[str, Any]) -> dict[str, Any]:
+def read_record(checkpoint: dict[str, Any], path: str | os.PathLike[str] = "the checkpoint") -> dict[str, Any]:
     """Return what ``Classifier`` wrote into a Lightning checkpoint beside the weights.
 
     Raises:
         ValueError: the checkpoint was not written by ``Classifier``.
     """
     if not isinstance(checkpoint, dict) or RECORD not in checkpoint:
-        raise ValueError("this Lightning checkpoint was not written by zoo.classifier.Classifier (python train.py fit)")
+        raise ValueError(f"{path} was not written by zoo.classifier.Classifier (python train.py fit)")
     return checkpoint[RECORD]
 
 

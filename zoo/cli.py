@@ -112,7 +112,8 @@ def checkpoint_settings(arguments: Sequence[str]) -> list[str]:
         "operator": record["spec"]["operator"],
     }
     folder = os.path.dirname(os.path.abspath(known.ckpt_path))
-    settings = ["--model", json.dumps(model), "--checkpoint.dirpath", folder]
+    # Nothing but tensors and plain values is unpickled.
+    settings = ["--weights_only", "true", "--model", json.dumps(model), "--checkpoint.dirpath", folder]
     # Images to predict on are decoded as the network wants them, so the training images need not be there.
     if known.predict is None:
         kind = look_up(DATA, record["data"]["name"], "data set")
@@ -135,13 +136,15 @@ def readable_errors() -> Iterator[None]:
 
 def shortened(message: str) -> str:
     """Leave out of jsonargparse's message the alternatives that nobody meant: that the value could have been null."""
-    pattern = (
-        r"(?s)(.*?)\s*Does not validate against any of the Union subtypes.*?Errors:\n(.*?)\s*Given value type: .*?"
-        r"Given value: (.*)"
+    innermost = re.compile(
+        r"Does not validate against any of the Union subtypes\s+Subtypes: .*\n\s*Errors:\n"
+        r"((?:(?!Does not validate)[\s\S])*?)\s*Given value type: .*\n\s*Given value: (.*)"
     )
-    if not (found := re.fullmatch(pattern, message)):
-        return message
-    where, problems, value = found.groups()
-    alternatives = [text.strip() for text in re.split(r"^\s+- ", problems, flags=re.MULTILINE)]
-    meant = "; ".join(text for text in alternatives if text and "NoneType" not in text)
-    return f"{where} {meant}; got {value}" if where else meant
+    while found := innermost.search(message):
+        problems, value = found.groups()
+        alternatives = [" ".join(text.split()) for text in re.split(r"^\s*- ", problems, flags=re.MULTILINE)]
+        meant = "; ".join(text for text in alternatives if text and "NoneType" not in text)
+        # What jsonargparse makes of a whole group of settings tells a person nothing.
+        got = "" if value.startswith(("Namespace(", "NestedArg(")) else f"; got {value}"
+        message = message[: found.start()] + meant + got + message[found.end() :]
+    return message

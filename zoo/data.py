@@ -238,7 +238,12 @@ class ImageData(L.LightningDataModule, abc.ABC):
                     f"class {self.class_names[label]!r} of {self.title} has {count} training image, too few to hold "
                     "one out for validation; add images to it, or give the data a validation split of its own"
                 )
-        return stratified_split(labels, max(self.num_classes, round(self.val_fraction * len(labels))))
+        kept, held = stratified_split(labels, max(self.num_classes, round(self.val_fraction * len(labels))))
+        # The share of a rare class can round to no image.
+        for label in set(range(self.num_classes)) - set(labels[held].tolist()):
+            moved = kept[labels[kept] == label][:1]
+            kept, held = kept[kept != moved], torch.cat([held, moved])
+        return kept, held
 
     def _load_predict(self) -> ImageSet:
         if not self.predict_files:
@@ -358,6 +363,12 @@ class TorchvisionData(ImageData):
         images, labels = torch.as_tensor(read.data), torch.as_tensor(read.targets)
         # MNIST has no channel dimension, CIFAR has it last.
         images = images.unsqueeze(1) if images.ndim == 3 else images.permute(0, 3, 1, 2).contiguous()
+        shape = (len(labels), self.in_chans, self.input_size, self.input_size)
+        if images.shape != shape or labels.min() < 0 or labels.max() >= self.num_classes:
+            raise FileNotFoundError(
+                f"the {split} files of {self.title} under {os.path.abspath(self.root)} do not fit together: images "
+                f"{tuple(images.shape)}, {len(labels)} labels from {labels.min()} to {labels.max()}; fetch them again"
+            )
         if split == "test":
             return MemoryImages(images, labels)
         kept, held = self.hold_out(labels)
@@ -478,7 +489,7 @@ class ImageFolder(ImageData):
         self.licence = licence
         self.mean = mean or ([0.485, 0.456, 0.406] if in_chans == 3 else [0.5])
         self.std = std or ([0.229, 0.224, 0.225] if in_chans == 3 else [0.25])
-        if not len(self.mean) == len(self.std) == in_chans or min(self.std) <= 0:
+        if not len(self.mean) == len(self.std) == in_chans or not all(value > 0 for value in self.std):
             raise ValueError(f"mean and std are {in_chans} numbers each (std above 0), got {self.mean} and {self.std}")
         self.num_workers = num_workers
         self.memory_limit_mb = memory_limit_mb
@@ -594,7 +605,7 @@ def find_images(path: Path) -> list[Path]:
         return [path]
     if not path.is_dir():
         raise FileNotFoundError(f"no image file or folder {path} to predict on; check the path (--data.predict)")
-    files = sorted(file for file in path.rglob("*") if _is_image(file))
+    files = sorted(file for file in path.rglob("*") if _is_image(file) and not _is_hidden(file.relative_to(path)))
     if not files:
         raise ValueError(f"no image to predict on in {path}; images end in {', '.join(IMG_EXTENSIONS)}")
     return files
@@ -615,7 +626,11 @@ def _images_in(folder: Path) -> Iterator[Path]:
 
 def _is_image(file: Path) -> bool:
     # Copying from a Mac leaves "._name.jpg" beside "name.jpg".
-    return file.suffix.lower() in IMG_EXTENSIONS and not file.name.startswith(".")
+    return file.suffix.lower() in IMG_EXTENSIONS and not file.name.startswith(".") and file.is_file()
+
+
+def _is_hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
 
 
 def _first(names: list[str]) -> str:

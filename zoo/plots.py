@@ -1,4 +1,4 @@
-"""Pictures: an operator's curves, and classified images."""
+"""Pictures: the operators' curves, and classified images."""
 
 import math
 from collections.abc import Sequence
@@ -10,40 +10,44 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from operators import OperatorConfig
+from operators import ANGULARS, MAGNITUDES, OperatorConfig
 
 matplotlib.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "font.size": 10})
 
-LINE, WRONG = "tab:blue", "tab:red"
+WRONG = "tab:red"
 REFERENCE = {"color": "black", "linestyle": "--", "linewidth": 1, "label": "convolution"}
 
 
-def draw_magnitude(axes: Axes, operator: OperatorConfig) -> None:
-    """Draw ``h`` over the patch norm from 0 to 4, for a filter of unit norm, beside the plain convolution's."""
+def draw_magnitudes(axes: Axes, operators: Sequence[OperatorConfig]) -> None:
+    """Draw each ``h`` over the patch norm from 0 to 4, for a filter of unit norm, beside the plain convolution's."""
     n = torch.linspace(0.01, 4, 400)
-    h = operator.build_magnitude(channels=1).eval()(n, torch.ones(()))
-    axes.plot(n, h.detach(), color=LINE, label=operator.magnitude)
+    for operator in operators:
+        h = operator.build_magnitude(channels=1).eval()(n, torch.ones(()))
+        axes.plot(n, h.detach(), label=operator.magnitude)
     axes.plot(n, n, **REFERENCE)
     axes.set(xlabel="patch norm ‖x‖", ylabel="magnitude h(‖x‖)", xlim=(0, 4), ylim=(0, 2.5))
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
 
 
-def draw_angular(axes: Axes, operator: OperatorConfig) -> None:
-    """Draw ``g`` over the angle from 0 to π, beside the plain convolution's cosine."""
+def draw_angulars(axes: Axes, operators: Sequence[OperatorConfig]) -> None:
+    """Draw each ``g`` over the angle from 0 to π, beside the plain convolution's cosine."""
     theta = torch.linspace(0, math.pi, 400)
-    axes.plot(theta, operator.build_angular()(theta.cos()), color=LINE, label=operator.angular)
+    for operator in operators:
+        label = f"power, B = {operator.power:g}" if operator.angular == "power" else operator.angular
+        axes.plot(theta, operator.build_angular()(theta.cos()), label=label)
     axes.plot(theta, theta.cos(), **REFERENCE)
     axes.set(xlabel="angle θ between filter and patch", ylabel="angular function g(θ)", xlim=(0, math.pi))
     axes.set_xticks([0, math.pi / 2, math.pi], ["0", "π/2", "π"])
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
 
 
-def plot_operator(operator: OperatorConfig, path: Path) -> None:
-    """Write the curves of ``h`` and ``g`` as a PNG."""
-    figure = Figure(figsize=(8, 3.2), layout="constrained")
+def plot_operators(path: Path) -> None:
+    """Write a PNG of every magnitude and every angular function."""
+    figure = Figure(figsize=(12, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
-    draw_magnitude(left, operator)
-    draw_angular(right, operator)
+    draw_magnitudes(left, [OperatorConfig(magnitude, "cosine") for magnitude in MAGNITUDES])
+    # With the default B = 2, power would lie on square_cosine.
+    draw_angulars(right, [OperatorConfig("sphere", angular, power=4) for angular in ANGULARS])
     _write(figure, path)
 
 
@@ -76,8 +80,8 @@ def plot_predictions(
         axes.set_title(text, fontsize=9, color="black" if guess == label else WRONG)
     right.suptitle(operator.name)
     above, below = right.subplots(2, 1)
-    draw_magnitude(above, operator)
-    draw_angular(below, operator)
+    draw_magnitudes(above, [operator])
+    draw_angulars(below, [operator])
     _write(figure, path)
 
 

@@ -2,9 +2,10 @@
 
 import dataclasses
 
+import numpy as np
 import torch
 import torchvision.transforms.v2.functional as TF
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 MODES = {1: "L", 3: "RGB"}
@@ -14,15 +15,15 @@ MODES = {1: "L", 3: "RGB"}
 class ImageTransform:
     """Convert a PIL image to a tensor (in_chans, input_size, input_size) of floats in [0, 1].
 
-    The image is converted to grey (1 channel) or RGB (3), its shorter side is resized to ``input_size`` pixels if it
-    has another size, and the centre is cropped.
+    The image is turned upright as its EXIF data say, converted to grey (1 channel) or RGB (3), its shorter side is
+    resized to ``input_size`` pixels if it has another size, and the centre is cropped.
 
     Args:
         in_chans: 1 or 3.
         input_size: height and width, in pixels.
 
     Raises:
-        ValueError: another number of channels.
+        ValueError: another number of channels, or an image whose pixels have no stated range (PIL's modes I and F).
     """
 
     in_chans: int
@@ -37,7 +38,19 @@ class ImageTransform:
 
     def pixels(self, image: Image.Image) -> Tensor:
         """Return the same tensor as uint8 in 0..255."""
-        image = image.convert(MODES[self.in_chans])
+        image = _eight_bits(ImageOps.exif_transpose(image)).convert(MODES[self.in_chans])
         if image.size != (self.input_size, self.input_size):
             image = TF.center_crop(TF.resize(image, [self.input_size]), [self.input_size])
         return TF.pil_to_tensor(image)
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Return an image that PIL converts without loss of range: it clips pixels of more than eight bits."""
+    if image.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError(
+            f"its pixels (PIL's mode {image.mode}) have no stated range; save it with 8 or 16 bits a channel"
+        )
+    # Transparency of single palette entries has no place in RGB or grey.
+    return image.convert("RGBA") if image.mode == "P" else image

@@ -1,0 +1,266 @@
+"""The Lightning module: its loss, optimiser, schedule, the authors' tricks, and going on after a stop."""
+
+import lightning as L
+import pytest
+import torch
+import torch.nn.functional as F
+
+import zoo
+from operators import DecoupledConv2d
+from zoo.callbacks import LastCheckpoint, WeightedGradients, WeightProjection
+from zoo.classifier import Classifier, learning_rate_factor, orthogonality_penalty, read_lightning_checkpoint
+from zoo.data import Digits
+
+LEARNED = {"name": "tanh_cosine", "radius_mode": "learned", "radius_relative": True}
+
+
+def make_trainer(folder, *callbacks, max_epochs=1, **arguments):
+    arguments = {"limit_train_batches": 4, "limit_val_batches": 1, "num_sanity_val_steps": 0} | arguments
+    return L.Trainer(
+        max_epochs=max_epochs,
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=folder,
+        callbacks=list(callbacks),
+        enable_checkpointing=any(isinstance(callback, LastCheckpoint) for callback in callbacks),
+        **arguments,
+    )
+
+
+def fit(folder, *callbacks, seed=0, **settings):
+    """Return a classifier after four steps on Digits."""
+    L.seed_everything(seed, verbose=False)
+    classifier = Classifier(**settings)
+    make_trainer(folder, *callbacks).fit(classifier, datamodule=Digits(augment="none"))
+    return classifier
+
+
+def decoupled(classifier):
+    return [layer for layer in classifier.modules() if isinstance(layer, DecoupledConv2d)]
+
+
+def test_the_model_follows_from_the_data(tmp_path):
+    spec = fit(tmp_path, operator=LEARNED, architecture_args={"relu": False}).model.spec
+    assert (spec.architecture, spec.operator.radius_mode, dict(spec.model_args)) == ("cnn6", "learned", {"relu": False})
+    assert (spec.class_names, spec.in_chans, spec.input_size) == (tuple(Digits.class_names), 1, 8)
+    assert (spec.mean, spec.std) == ((0.3053,), (0.3760,))
+
+
+@pytest.mark.parametrize("operator", ["conv", "tanh_cosine"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_training_lowers_the_loss(tmp_path, operator, optimizer):
+    images, labels = next(iter(Digits().evaluation_batches("train")))
+    before = fit(tmp_path, operator=operator, optimizer=optimizer, learning_rate=1e-9)
+    after = fit(tmp_path, operator=operator, optimizer=optimizer, learning_rate={"sgd": 0.1, "adamw": 3e-3}[optimizer])
+    losses = [F.cross_entropy(classifier.model(images), labels).item() for classifier in (before, after)]
+    assert losses[1] < 0.9 * losses[0]
+
+
+def test_the_loss_is_smoothed_cross_entropy_plus_the_penalty(tmp_path):
+    classifier = fit(tmp_path, label_smoothing=0.01, orthogonality=0.5)
+    batch = next(iter(Digits().evaluation_batches("train")))
+    classifier.log = lambda *_, **__: None
+    log_probabilities = classifier.model(batch[0]).log_softmax(1)
+    targets = F.one_hot(batch[1], 10) * 0.99 + 0.001
+    penalty = 0.0
+    for layer in decoupled(classifier):
+        filters = layer.weight.flatten(1)
+        filters = filters / (filters.square().sum(1, keepdim=True) + 1e-4).sqrt()
+        penalty += 0.5 * (filters @ filters.T - torch.eye(len(filters))).square().sum()
+    expected = -(targets * log_probabilities).sum(1).mean() + 0.5 * penalty
+    torch.testing.assert_close(classifier.training_step(batch, 0), expected)
+    assert penalty > 1 and orthogonality_penalty(zoo.build("cnn6")) == 0
+
+
+@pytest.mark.parametrize("decay_decoupled_filters", [True, False])
+def test_weight_decay_spares_biases_normalisations_and_radii(tmp_path, decay_decoupled_filters):
+    classifier = fit(tmp_path, operator=LEARNED, weight_decay=0.3, decay_decoupled_filters=decay_decoupled_filters)
+    decayed, spared = classifier.trainer.optimizers[0].param_groups
+    assert (decayed["weight_decay"], spared["weight_decay"]) == (0.3, 0.0)
+    named = {id(parameter): name for name, parameter in classifier.model.named_parameters()}
+    names = {named[id(parameter)] for parameter in decayed["params"]}
+    filters = {name for name, value in classifier.model.named_parameters() if value.ndim == 4}
+    assert names == {"network.fc.weight"} | (filters if decay_decoupled_filters else set())
+    assert names | {named[id(parameter)] for parameter in spared["params"]} == set(named.values())
+    assert any(name.endswith("magnitude.radius") for name in named.values())
+
+
+def test_a_learned_radius_and_the_running_norm_are_trained(tmp_path):
+    for layer in decoupled(fit(tmp_path, operator=LEARNED)):
+        assert layer.magnitude.radius != 1
+        assert layer.magnitude.running_norm.steps == 4
+
+
+def test_the_schedules():
+    assert learning_rate_factor(0.05, "cosine", 0.1) == 0.5
+    assert learning_rate_factor(0.1, "cosine", 0.1) == 1
+    assert learning_rate_factor(0.55, "cosine", 0.1) == pytest.approx(0.5)
+    assert learning_rate_factor(1.0, "cosine", 0.1) == 0
+    assert [learning_rate_factor(p, "step", 0) for p in (0, 0.49, 0.5, 0.74, 0.75, 1)] == [1, 1, 0.1, 0.1, 0.01, 0.01]
+    assert [learning_rate_factor(p, "constant", 0.2) for p in (0, 0.1, 0.2, 1)] == [0, 0.5, 1, 1]
+
+
+def test_the_schedule_moves_with_the_steps(tmp_path):
+    classifier = fit(tmp_path, learning_rate=0.2, warmup=0.25)
+    assert classifier.trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.0, abs=1e-12)
+    assert classifier.trainer.lr_scheduler_configs[0].scheduler.last_epoch == 4
+
+
+def test_training_without_an_end_needs_a_constant_rate(tmp_path):
+    with pytest.raises(ValueError, match="--model.schedule constant --model.warmup 0"):
+        make_trainer(tmp_path, max_epochs=-1).fit(Classifier(), datamodule=Digits())
+
+
+@pytest.mark.parametrize("every_n_steps", [2, 3])
+def test_weight_projection_sets_filters_to_unit_norm(tmp_path, every_n_steps):
+    seen = []
+
+    class Spy(L.Callback):
+        def on_train_batch_end(self, trainer, module, *_):
+            seen.append([layer.weight.square().sum((1, 2, 3)) for layer in decoupled(module)])
+
+    fit(tmp_path, WeightProjection(every_n_steps), Spy())
+    for step, layers in enumerate(seen, start=1):
+        for squares in layers:
+            # Projected filters have w² + eps = 1 before, hence a little less after.
+            assert (((squares - 1).abs() < 1e-3).all()) == (step % every_n_steps == 0)
+
+
+def test_weight_projection_does_not_change_what_the_network_answers(tmp_path):
+    classifier = fit(tmp_path)
+    images = torch.rand(8, 1, 8, 8)
+    before = classifier.model.eval()(images)
+    for layer in decoupled(classifier):
+        layer.weight.data /= layer.weight.square().sum((1, 2, 3), keepdim=True).sqrt()
+    torch.testing.assert_close(classifier.model(images), before, rtol=2e-3, atol=2e-3)
+
+
+def test_weighted_gradients_multiply_by_the_filters_norm(tmp_path):
+    gradients = []
+
+    class Spy(L.Callback):
+        def on_before_optimizer_step(self, trainer, module, *_):
+            if not gradients or len(gradients) == 1 and module.second:
+                gradients.append([(layer.weight.grad.clone(), layer.weight.clone()) for layer in decoupled(module)])
+
+    for callbacks, second in (((Spy(),), False), ((WeightedGradients(), Spy()), True)):
+        L.seed_everything(0, verbose=False)
+        classifier = Classifier()
+        classifier.second = second
+        make_trainer(tmp_path, *callbacks).fit(classifier, datamodule=Digits(augment="none"))
+    for (plain, weight), (weighted, _) in zip(*gradients, strict=True):
+        norms = (weight.square().sum((1, 2, 3), keepdim=True) + 1e-4).sqrt()
+        torch.testing.assert_close(weighted, plain * norms)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"warmup": 1.0}, r"warmup is a share in \[0, 1\), got 1.0"),
+        ({"label_smoothing": -0.1}, "label_smoothing is a share"),
+        ({"learning_rate": 0}, "learning_rate must be more than 0"),
+        ({"weight_decay": -1}, "weight_decay must not be negative"),
+        ({"orthogonality": -1}, "orthogonality must not be negative"),
+    ],
+)
+def test_a_setting_outside_its_range_is_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        Classifier(**settings)
+
+
+def test_other_data_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="Classifier needs a data module of zoo.data"):
+        make_trainer(tmp_path).test(Classifier(), torch.utils.data.DataLoader(torch.zeros(2, 1, 8, 8)))
+    with pytest.raises(ValueError, match="every_n_steps must be at least 1"):
+        WeightProjection(0)
+
+
+def last_checkpoint(folder):
+    return LastCheckpoint(), L.pytorch.callbacks.ModelCheckpoint(folder, filename="best", monitor="val_accuracy")
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists")  # resuming is what it is for
+def test_resuming_gives_what_going_on_would_have_given(tmp_path):
+    """Without shuffling, stopping after one epoch of two and resuming is training for two."""
+
+    class Ordered(Digits):
+        def train_dataloader(self):
+            loader = super().train_dataloader()
+            return torch.utils.data.DataLoader(loader.dataset, self.batch_size, collate_fn=loader.collate_fn)
+
+    def train(folder, stop_after, ckpt_path=None):
+        L.seed_everything(0, verbose=False)
+        classifier = Classifier(operator=LEARNED)
+        trainer = make_trainer(tmp_path, *last_checkpoint(folder), Stop(stop_after), max_epochs=2)
+        trainer.fit(classifier, datamodule=Ordered(augment="none"), ckpt_path=ckpt_path, weights_only=True)
+        return classifier
+
+    class Stop(L.Callback):
+        def __init__(self, epochs):
+            self.epochs = epochs
+
+        def on_train_epoch_end(self, trainer, module):
+            trainer.should_stop = trainer.current_epoch + 1 >= self.epochs
+
+    whole = train(tmp_path / "whole", 2)
+    train(tmp_path / "half", 1)
+    resumed = train(tmp_path / "half", 2, tmp_path / "half/last.ckpt")
+    for (name, one), other in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
+        assert torch.equal(one, other), name
+
+
+def test_the_last_checkpoint_is_the_last_epoch_and_loads_alone(tmp_path):
+    L.seed_everything(0, verbose=False)
+    classifier = Classifier(operator=LEARNED)
+    make_trainer(tmp_path, *last_checkpoint(tmp_path), max_epochs=3).fit(classifier, datamodule=Digits())
+    saved = read_lightning_checkpoint(tmp_path / "last.ckpt")
+    assert saved["global_step"] == 12 and saved["decoupled_zoo"]["training"]["epochs"] == 3
+    loaded = Classifier.load_from_checkpoint(tmp_path / "last.ckpt", weights_only=True).eval()
+    images = torch.rand(4, 1, 8, 8)
+    assert torch.equal(loaded.model(images), classifier.model.eval()(images))
+    assert loaded.model.spec == classifier.model.spec
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"architecture": "resnet20"}, "holds cnn6 with tanh_cosine and 10 classes, but resnet20 with tanh_cosine"),
+        ({"operator": "ball_cosine"}, "but cnn6 with ball_cosine and 10 classes was asked for; leave out"),
+        ({"architecture_args": {"relu": False}}, "but cnn6 {'relu': False} with tanh_cosine"),
+    ],
+)
+def test_a_checkpoint_of_another_network_is_refused(tmp_path, settings, message):
+    fit(tmp_path, *last_checkpoint(tmp_path))
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tmp_path).fit(
+            Classifier(**settings), datamodule=Digits(), ckpt_path=tmp_path / "last.ckpt", weights_only=True
+        )
+
+
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint", "truncated", "foreign"])
+def test_a_damaged_or_foreign_lightning_checkpoint_is_refused(tmp_path, content):
+    path = tmp_path / "last.ckpt"
+    if content == "truncated":
+        fit(tmp_path, *last_checkpoint(tmp_path))
+        path.write_bytes(path.read_bytes()[:10_000])
+    elif content == "foreign":
+        torch.save({"state_dict": {}}, path)
+    else:
+        path.write_bytes(content)
+    with pytest.raises(ValueError, match="last.ckpt"):
+        read_lightning_checkpoint(path)
+
+
+def test_fine_tuning_starts_from_the_checkpoint(tmp_path):
+    torch.manual_seed(0)
+    source = zoo.build("cnn6", "ball_cosine", in_chans=3, num_classes=4, mean=[0.1] * 3, std=[2.0] * 3)
+    zoo.save(source, tmp_path / "photos_cnn6_ball_cosine")
+    with pytest.warns(UserWarning, match="now takes 1 channels"):
+        classifier = fit(tmp_path, pretrained=str(tmp_path / "photos_cnn6_ball_cosine"), learning_rate=1e-9)
+    spec = classifier.model.spec
+    assert (spec.operator.name, spec.in_chans, len(spec.class_names)) == ("ball_cosine", 1, 10)
+    assert spec.std == (2.0,), "the normalisation is the checkpoint's"
+    torch.testing.assert_close(classifier.model.network.features[3].weight, source.network.features[3].weight)
+    assert classifier.model.network.fc.out_features == 10

@@ -1,0 +1,274 @@
+"""``train.py`` and ``python -m zoo`` as a person uses them: recipes, resuming, predicting, and every wrong input."""
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from lightning.pytorch.callbacks import RichProgressBar
+from PIL import Image
+from sklearn.datasets import load_digits
+
+import train
+import zoo
+from zoo import __main__ as command_line
+from zoo.cli import TRAINER_DEFAULTS
+from zoo.data import DATA
+
+ROOT = Path(__file__).resolve().parent.parent
+RECIPES = sorted((ROOT / "configs").glob("*.yaml"))
+# One epoch of two steps.
+SHORT = "--trainer.max_epochs 1 --trainer.limit_train_batches 2 --trainer.limit_val_batches 1".split()
+
+pytestmark = [
+    # Resuming and testing look into the folder of the run they go on with.
+    pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists"),
+    # Two steps are fewer than the logging interval that real recipes have.
+    pytest.mark.filterwarnings("ignore:The number of training batches"),
+]
+
+
+@pytest.fixture
+def run(monkeypatch, capsys, tmp_path):
+    """Run ``train.py`` or ``python -m zoo`` in this process and folder; return exit status and what was printed."""
+    monkeypatch.chdir(tmp_path)
+
+    def run_main(*words, main=train.main):
+        monkeypatch.setattr(sys, "argv", ["train.py", *map(str, words)])
+        # The bar is made anew, for a bar belongs to one trainer.
+        monkeypatch.setitem(TRAINER_DEFAULTS, "callbacks", [RichProgressBar()])
+        capsys.readouterr()
+        status = 0
+        try:
+            main()
+        except SystemExit as error:
+            status = error.code
+        printed = capsys.readouterr()
+        return status, printed.out, printed.err
+
+    return run_main
+
+
+def fit(run, *words):
+    status, _, errors = run("fit", *SHORT, "--checkpoint.dirpath", "run", *words)
+    assert status == 0, errors
+    return Path("run/last.ckpt").resolve()
+
+
+def make_photos(folder, classes=("cat", "dog"), count=4, size=8, splits=("train",)):
+    """Write random grey images, brighter for later classes."""
+    generator = torch.Generator().manual_seed(0)
+    for split in splits:
+        for label, name in enumerate(classes):
+            (folder / split / name).mkdir(parents=True)
+            for index in range(count):
+                pixels = torch.rand(size, size, generator=generator) * 100 + 150 * label / len(classes)
+                Image.fromarray(pixels.byte().numpy()).save(folder / split / name / f"{index}.png")
+    return folder
+
+
+def test_fit_alone_trains_a_decoupled_network_on_digits(run):
+    status, _, errors = run("fit", *SHORT)
+    assert status == 0, errors
+    (folder,) = Path("outputs/runs").iterdir()
+    assert {"config.yaml", "metrics.csv", "checkpoints"} <= {path.name for path in folder.iterdir()}
+    assert {path.name for path in (folder / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
+    record = torch.load(folder / "checkpoints/last.ckpt", weights_only=True)["decoupled_zoo"]
+    assert record["spec"]["architecture"] == "cnn6" and record["data"]["name"] == "Digits"
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_is_understood(run, recipe):
+    status, printed, errors = run("fit", "--config", recipe, "--print_config")
+    assert status == 0, errors
+    written, understood = yaml.safe_load(recipe.read_text()), yaml.safe_load(printed)
+    for setting, value in written["model"].items():
+        assert understood["model"][setting] == value
+    assert understood["trainer"]["max_epochs"] == written["trainer"]["max_epochs"]
+    data = written["data"] if isinstance(written["data"], dict) else {"class_path": written["data"], "init_args": {}}
+    assert understood["data"]["class_path"].split(".")[-1] == data["class_path"].split(".")[-1]
+    for setting, value in data["init_args"].items():
+        assert understood["data"]["init_args"][setting] == value
+
+
+def test_every_embedded_checkpoint_has_its_recipe():
+    assert set(zoo.list_checkpoints()) <= {path.stem for path in RECIPES}
+
+
+def test_a_checkpoint_stands_for_its_own_settings(run):
+    path = fit(run, "--model.operator.name=ball_cosine", "--model.operator.radius=2.0", "--data.batch_size=32")
+    for subcommand in ("validate", "test", "predict"):
+        status, printed, errors = run(subcommand, "--ckpt_path", path)
+        assert status == 0, errors
+    assert "test image 0" in printed
+    status, _, errors = run("fit", *SHORT, "--ckpt_path", path, "--trainer.max_epochs=2")
+    assert status == 0, errors
+    saved = torch.load(path, weights_only=True)
+    assert saved["global_step"] == 4 and saved["decoupled_zoo"]["spec"]["operator"]["radius"] == 2.0
+    assert saved["decoupled_zoo"]["data"]["arguments"]["batch_size"] == 32
+    assert {file.name for file in path.parent.iterdir()} == {"best.ckpt", "last.ckpt"}
+
+
+def test_settings_that_contradict_the_checkpoint_are_refused(run):
+    path = fit(run, "--model.operator=ball_cosine")
+    before = path.read_bytes()
+    status, _, errors = run("fit", *SHORT, "--ckpt_path", path, "--model.architecture=resnet20")
+    assert status == 1 and "holds cnn6 with ball_cosine and 10 classes, but resnet20 with ball_cosine" in errors
+    config = ROOT / "configs/digits_cnn6_conv.yaml"
+    status, _, errors = run("test", "--ckpt_path", path, "--config", config)
+    assert status == 1 and "but cnn6 with conv and 10 classes was asked for; leave out" in errors
+    make_photos(Path("photos"))
+    data = ["--data=ImageFolder", "--data.root=photos", "--data.input_size=8", "--data.in_chans=1"]
+    status, _, errors = run("test", "--ckpt_path", path, *data)
+    assert status == 1 and "but cnn6 with ball_cosine and 2 classes" in errors
+    assert path.read_bytes() == before
+
+
+def test_predict_names_the_classes_of_image_files(run):
+    folder = Path("digits")
+    folder.mkdir()
+    digits = load_digits()
+    for index in range(10):
+        Image.fromarray((digits.images[index] * 15.9).astype("uint8")).convert("RGB").save(folder / f"{index}.png")
+    status, printed, errors = run(
+        "predict", "--model.pretrained=digits_cnn6_tanh_cosine", "--data.predict=digits",
+        "--predictions.output=out/guesses.csv", "--predictions.rows=3",
+    )  # fmt: skip
+    assert status == 0, errors
+    assert "3 of 10 images" in printed and "digits/0.png" in printed
+    with open("out/guesses.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["image"] for row in rows] == [f"digits/{index}.png" for index in range(10)]
+    assert sum(row["class 1"] == str(digits.target[index]) for index, row in enumerate(rows)) >= 9
+    assert all(float(row["probability 1"]) >= float(row["probability 2"]) for row in rows)
+    assert sorted(path.name for path in Path("out").iterdir()) == ["guesses.csv"]
+
+
+def test_fine_tuning_on_photographs_then_predicting_without_them(run, monkeypatch):
+    photos = make_photos(Path("photos"), count=8)
+    config = ROOT / "configs/finetune.yaml"
+    with pytest.warns(UserWarning, match="now takes 3 channels"):
+        path = fit(run, "--config", config, "--data.root=photos", "--data.batch_size=4")
+    photos.rename("gone")
+    status, printed, errors = run("predict", "--ckpt_path", path, "--data.predict=gone/train/cat/0.png")
+    assert status == 0, errors
+    assert "cat" in printed and "dog" in printed
+    status, _, errors = run("test", "--ckpt_path", path)
+    assert status == 1 and "no folder photos/train" in errors
+    status, _, errors = run("test", "--ckpt_path", path, "--data.root=gone")
+    assert status == 0, errors
+
+
+def test_export_writes_a_folder_that_load_and_verify_take(run):
+    path = fit(run, "--model.operator.name=seg_linear", "--model.operator.radius_mode=learned")
+    export = ["export", path, "digits_cnn6_seg_linear", "--to", "published"]
+    status, printed, errors = run(*export, main=command_line.main)
+    assert status == 0, errors
+    folder = Path("published/digits_cnn6_seg_linear")
+    assert str(folder) in printed and zoo.verify(folder) == []
+    config = json.loads((folder / "config.json").read_text())
+    assert config["operator"]["radius_mode"] == "learned" and config["training"]["data"]["name"] == "Digits"
+    saved = torch.load(path, weights_only=True)["state_dict"]
+    for name, value in zoo.load(folder).network.state_dict().items():
+        assert torch.equal(value, saved[f"model.network.{name}"])
+    status, printed, errors = run("verify", folder, "--accuracy", main=command_line.main)
+    assert (status, printed) == (0, f"{folder}: ok\n"), errors
+    status, _, errors = run(*export, main=command_line.main)
+    assert status == 1 and "exists; choose another name or parent (--to), or replace it (--overwrite)" in errors
+    assert run(*export, "--overwrite", main=command_line.main)[0] == 0
+    status, _, errors = run("export", path, "digits_cnn6_conv", "--to", "published", main=command_line.main)
+    assert status == 1 and "is called <data>_cnn6_seg_linear, got 'digits_cnn6_conv'" in errors
+    assert [entry.name for entry in Path("published").iterdir()] == ["digits_cnn6_seg_linear"]
+    (folder / "config.json").write_text(json.dumps({**config, "fingerprint": [[0.0] * 10] * 2}))
+    status, printed, _ = run("verify", folder, main=command_line.main)
+    assert status == 1 and "fingerprint" in printed
+
+
+def test_list_shows_every_embedded_checkpoint(run):
+    status, printed, _ = run("list", main=command_line.main)
+    assert status == 0 and all(name in printed for name in zoo.list_checkpoints())
+
+
+def test_the_embedded_checkpoints_reach_what_they_claim(run):
+    status, printed, errors = run("verify", "--accuracy", main=command_line.main)
+    assert status == 0, printed + errors
+    for name in ("digits_cnn6_tanh_cosine", "digits_cnn6_sphere_cosine", "digits_cnn6_conv"):
+        config = json.loads((ROOT / "zoo/pretrained" / name / "config.json").read_text())
+        assert [m["value"] >= 0.98 for m in config["metrics"] if m["split"] == "test"] == [True]
+
+
+def test_the_demo_writes_its_picture(run):
+    status, printed, errors = run("demo", "digits_cnn6_tanh_cosine", main=command_line.main)
+    assert status == 0, errors
+    assert "held-out digits" in printed
+    with Image.open("outputs/demo.png") as picture:
+        assert picture.width > 1000 and len(set(picture.convert("L").getdata())) > 50
+
+
+WRONG = {
+    "subcommand": ("fitt", "invalid choice: 'fitt' (choose from"),
+    "option": ("fit --bogus 3", "--bogus"),
+    "data": ("fit --data Digitss", "unknown data set 'Digitss'. Did you mean 'Digits'?"),
+    "operator": ("fit --model.operator tanh_cosin", "unknown operator 'tanh_cosin'. Did you mean 'tanh_cosine'?"),
+    "architecture": ("fit --model.architecture cnn10", "unknown architecture 'cnn10'. Did you mean 'cnn"),
+    "argument": ("fit --model.architecture_args.batch_nor=false", "unknown argument of cnn6 'batch_nor'"),
+    "optimizer": ("fit --model.optimizer adam", "'sgd', 'adamw'"),
+    "number": ("fit --trainer.max_epochs x", "Expected a <class 'int'>; got x"),
+    "range": ("fit --model.learning_rate -1", "learning_rate must be more than 0, got -1.0"),
+    "batch": ("fit --data.batch_size 0", "batch_size must be at least 1, got 0"),
+    "augment": ("fit --data.augment flip", "'crop_flip'"),
+    "config": ("fit --config nowhere.yaml", "nowhere.yaml"),
+    "files": ("fit --data MNIST --data.root nowhere", "--data.download true"),
+    "folder": ("fit --data ImageFolder --data.root nowhere", "no folder nowhere/train"),
+    "untrained": ("test", "test needs a trained network: --ckpt_path"),
+    "checkpoint": ("test --ckpt_path nowhere.ckpt", "no Lightning checkpoint nowhere.ckpt"),
+    "pretrained": ("predict --model.pretrained digits_cnn6", "unknown checkpoint 'digits_cnn6'. Did you mean"),
+    "image": ("predict --model.pretrained digits_cnn6_conv --data.predict nowhere.png", "nowhere.png"),
+}
+
+
+@pytest.mark.parametrize(("words", "message"), WRONG.values(), ids=WRONG)
+def test_wrong_input_gets_one_clear_message(run, words, message):
+    status, _, errors = run(*words.split())
+    assert status not in (0, None)
+    last = errors[errors.rindex("error: ") :]
+    assert message in last and "Traceback" not in errors and "NoneType" not in errors
+    assert not list(Path().rglob("*.ckpt"))
+
+
+def test_corrupt_and_missing_images_are_named(run):
+    make_photos(Path("photos"), splits=("train", "val"))
+    words = ["fit", *SHORT, "--data=ImageFolder", "--data.root=photos", "--data.input_size=8"]
+    Path("photos/train/dog/2.png").write_bytes(b"not an image")
+    status, _, errors = run(*words)
+    assert status == 1 and "1 of 8 images cannot be read: photos/train/dog/2.png" in errors
+    for path in Path("photos/train/dog").iterdir():
+        path.unlink()
+    status, _, errors = run(*words)
+    assert status == 1 and "no image in the class folders dog of photos/train" in errors
+    Path("photos/train/dog").rmdir()
+    Path("photos/train/bird").mkdir()
+    Path("photos/train/cat/0.png").rename("photos/train/bird/0.png")
+    status, _, errors = run(*words)
+    assert status == 1 and "must have the same class folders, but only one has bird, dog" in errors
+
+
+def test_the_command_line_has_no_stack_trace_in_a_process_of_its_own(tmp_path):
+    command = [sys.executable, ROOT / "train.py", "fit", "--data", "Digitss"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 1
+    assert result.stderr.strip().splitlines()[-1].startswith("error: unknown data set 'Digitss'. Did you mean")
+    assert "Traceback" not in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_help_shows_the_data_sets_and_settings(run):
+    status, printed, _ = run("fit", "--help")
+    assert status == 0
+    for words in ("--model.architecture", "--data", "--checkpoint.dirpath", "--predictions.output", "--trainer."):
+        assert words in printed
+    assert all(f"zoo.data.{name}" in printed for name in DATA)

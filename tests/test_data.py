@@ -1,0 +1,441 @@
+"""Data modules: every pixel and label arrives as it was stored, splits are fixed, and bad data is named."""
+
+import collections
+import itertools
+import os
+import pickle
+import re
+import types
+import urllib.error
+
+import numpy
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from sklearn.datasets import load_digits
+from torch.utils.data import DataLoader, DistributedSampler
+from torchvision import datasets
+
+import zoo.data
+from zoo.data import augment_batch, build_data, random_flip, random_shift
+from zoo.transforms import ImageTransform
+
+SPLITS = ("train", "val", "test")
+FOLDERS = {"MNIST": "MNIST/raw", "CIFAR10": "cifar-10-batches-py", "CIFAR100": "cifar-100-python"}
+TWO = {"train/a": 2, "train/b": 2}
+
+
+def noise(*shape, seed=0):
+    return numpy.random.default_rng(seed).integers(0, 256, shape, dtype=numpy.uint8)
+
+
+def count(images, labels):
+    """Count each (pixels, label), so that collections compare whatever their order."""
+    return collections.Counter((image.tobytes(), int(label)) for image, label in zip(images, labels, strict=True))
+
+
+def contents(data, *splits):
+    sets = [data.split(split) for split in splits]
+    return sum((count(chosen.images.numpy(), chosen.labels) for chosen in sets), start=collections.Counter())
+
+
+def write_dataset(name, root):
+    """Write a small data set as its authors do: the images and labels of "train" (5 of each class) and "test" (2)."""
+    kind, source, written = zoo.data.DATA[name], getattr(datasets, name), {}
+    folder = root / FOLDERS[name]
+    folder.mkdir(parents=True)
+    for part, repeats in (("train", 5), ("test", 2)):
+        labels = numpy.arange(repeats * len(kind.class_names)) % len(kind.class_names)
+        images = noise(len(labels), kind.in_chans, kind.input_size, kind.input_size, seed=repeats)
+        written[part] = (images, labels)
+        if name == "MNIST":
+            for array, form in ((images[:, 0], "images-idx3"), (labels.astype(numpy.uint8), "labels-idx1")):
+                header = numpy.array([0x800 + array.ndim, *array.shape], dtype=">i4")
+                file = folder / f"{part.replace('test', 't10k')}-{form}-ubyte"
+                file.write_bytes(header.tobytes() + array.tobytes())
+            continue
+        files = [file for file, md5 in getattr(source, f"{part}_list")]
+        for file, chosen in zip(files, numpy.split(numpy.arange(len(labels)), len(files)), strict=True):
+            key = "labels" if name == "CIFAR10" else "fine_labels"
+            write_pickle(folder / file, {"data": images[chosen].reshape(-1, 3072), key: labels[chosen].tolist()})
+        write_pickle(folder / source.meta["filename"], {source.meta["key"]: kind.class_names})
+    return written
+
+
+def write_pickle(path, content):
+    path.write_bytes(pickle.dumps(content, protocol=2))
+
+
+@pytest.fixture
+def any_md5(monkeypatch):
+    """Accept files whatever their hash, which only the authors' own files can have."""
+    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda path, md5: os.path.isfile(path))
+
+
+def write_images(root, counts, size=(8, 8), mode="RGB", form="png"):
+    """Write noise as root/FOLDER/0.png, 1.png, ... for each folder and number, and return the images by their paths."""
+    images = {}
+    for folder, number in counts.items():
+        (root / folder).mkdir(parents=True, exist_ok=True)
+        for index in range(number):
+            image = Image.fromarray(noise(size[1], size[0], 3, seed=len(images))).convert(mode)
+            image.save(root / folder / f"{index}.{form}")
+            images[f"{folder}/{index}.{form}"] = image
+    return images
+
+
+def pixels(image, in_chans):
+    return numpy.atleast_3d(numpy.asarray(image.convert("L" if in_chans == 1 else "RGB"))).transpose(2, 0, 1)
+
+
+def image_folder(root, **arguments):
+    return build_data("ImageFolder", root=str(root), **{"input_size": 8, **arguments})
+
+
+def test_digits_are_scikit_learns_each_in_one_split():
+    digits, data = load_digits(), build_data("Digits")
+    images = numpy.round(255 * digits.images / 16).astype(numpy.uint8)
+    assert contents(data, *SPLITS) == count(images, digits.target)
+    shares = numpy.bincount(digits.target) / 1797
+    for split, size in zip(SPLITS, (1293, 144, 360), strict=True):
+        assert data.split(split).images.shape == (size, 1, 8, 8) and data.split(split).labels.dtype == torch.int64
+        assert numpy.abs(numpy.bincount(data.split(split).labels) - shares * size).max() <= 1
+    train = data.split("train").images / 255
+    assert abs(train.mean() - data.mean[0]) < 2e-4 and abs(train.std() - data.std[0]) < 2e-4
+
+
+def test_the_split_depends_on_no_seed():
+    first, second, half = (build_data("Digits", val_fraction=fraction) for fraction in (0.1, 0.1, 0.5))
+    for seed, data in enumerate((first, second, half)):
+        torch.manual_seed(seed)
+        numpy.random.seed(seed)
+        data.setup("test")
+        data.setup("fit")
+    assert all(torch.equal(first.split(split).images, second.split(split).images) for split in SPLITS)
+    assert torch.equal(first.split("test").images, half.split("test").images) and len(half.split("val")) == 718
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_original_files_are_read_pixel_by_pixel(name, tmp_path, any_md5):
+    written = write_dataset(name, tmp_path)
+    data = build_data(name, root=str(tmp_path), val_fraction=0.4)
+    assert contents(data, "train", "val") == count(*written["train"])
+    assert numpy.bincount(data.split("val").labels).tolist() == [2] * data.num_classes
+    images, labels = (torch.from_numpy(array) for array in written["test"])
+    assert torch.equal(data.split("test").images, images) and torch.equal(data.split("test").labels, labels)
+    assert len(data.mean) == len(data.std) == data.in_chans
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+@pytest.mark.parametrize("kept", [None, 0, 0.5, 0.99])
+def test_missing_and_truncated_files_are_told_with_the_cure(name, kept, tmp_path, any_md5, monkeypatch):
+    write_dataset(name, tmp_path / "data")
+    monkeypatch.chdir(tmp_path)
+    where = f"no complete {zoo.data.DATA[name].title} under {re.escape(str(tmp_path / 'data'))} "
+    for file in (tmp_path / "data" / FOLDERS[name]).iterdir():
+        content = file.read_bytes()
+        file.unlink() if kept is None else file.write_bytes(content[: int(kept * len(content))])
+        split = "test" if file.name.startswith(("test", "t10k")) else "train"
+        with pytest.raises(FileNotFoundError, match=f"{where}.*--data.root.*--data.download true.*--data ImageFolder"):
+            build_data(name, root="data").split(split)
+        file.write_bytes(content)
+    assert len(build_data(name, root="data").split("test")) == 2 * build_data(name).num_classes
+
+
+def test_data_is_downloaded_only_on_request_and_before_it_is_read(tmp_path, monkeypatch):
+    def fail(self):
+        raise urllib.error.URLError("no route to host")
+
+    monkeypatch.setattr(datasets.MNIST, "download", fail)
+    build_data("MNIST", root=str(tmp_path)).prepare_data()
+    with pytest.raises(FileNotFoundError, match="no complete MNIST .*no route to host"):
+        build_data("MNIST", root=str(tmp_path), download=True).prepare_data()
+    monkeypatch.setattr(datasets.MNIST, "download", lambda self: write_dataset("MNIST", tmp_path))
+    batches = build_data("MNIST", root=str(tmp_path), download=True).evaluation_batches("test")
+    assert sum(len(labels) for _, labels in batches) == 20
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+@pytest.mark.parametrize("in_chans", [1, 3])
+@pytest.mark.parametrize("splits", [("train",), ("train", "val"), ("train", "test"), SPLITS])
+def test_image_folders_are_read_as_they_are_split(mode, in_chans, splits, tmp_path):
+    classes = ["Bee", "ant", "zebra"]
+    counts = {f"{split}/{name}": 2 + len(name) % 3 for split in splits for name in reversed(classes)}
+    images = write_images(tmp_path / "animals", counts, mode=mode)
+    data = image_folder(tmp_path / "animals", in_chans=in_chans, val_fraction=0.5)
+    assert data.class_names == classes and data.title == "animals" and len(data.mean) == len(data.std) == in_chans
+
+    def stored(split):
+        chosen = {path: image for path, image in images.items() if path.startswith(split)}
+        labels = [classes.index(path.split("/")[1]) for path in chosen]
+        return count([pixels(image, in_chans) for image in chosen.values()], labels)
+
+    if "val" in splits:
+        assert contents(data, "train") == stored("train") and contents(data, "val") == stored("val")
+    else:
+        assert contents(data, "train", "val") == stored("train")
+        assert set(data.split("train").labels.tolist()) == set(data.split("val").labels.tolist()) == {0, 1, 2}
+    assert contents(data, "test") == (stored("test") if "test" in splits else contents(data, "val"))
+
+
+@pytest.mark.parametrize("size", [(8, 8), (20, 8), (8, 14), (40, 16), (9, 31), (5, 4)])
+def test_images_are_resized_by_the_shorter_side_and_cropped_in_the_centre(size, tmp_path):
+    images = write_images(tmp_path, {**TWO, "test/a": 1, "test/b": 1}, size)
+    width, height = (8 * side // min(size) for side in size)
+    left, top = round((width - 8) / 2), round((height - 8) / 2)
+    for tensor, name in zip(image_folder(tmp_path).split("test").images, ("test/a/0.png", "test/b/0.png"), strict=True):
+        expected = pixels(images[name].resize((width, height), Image.Resampling.BILINEAR), 3)
+        assert (tensor.numpy() == expected[:, top : top + 8, left : left + 8]).all()
+
+
+def test_files_that_are_no_images_are_ignored(tmp_path):
+    write_images(tmp_path, {"train/a": 3, "train/b": 3, "train/.cache": 1})
+    for name in ("notes.txt", "train/classes.csv", "train/a/Thumbs.db", "train/b/._0.png", "train/b/.DS_Store"):
+        (tmp_path / name).write_text("no image")
+    (tmp_path / "train/a/0.png").rename(tmp_path / "train/a/0.PNG")
+    data = image_folder(tmp_path)
+    assert data.class_names == ["a", "b"] and len(data.split("train")) + len(data.split("val")) == 6
+
+
+def test_images_on_disk_are_the_images_in_memory(tmp_path):
+    write_images(tmp_path, {"train/a": 4, "train/b": 4, "test/a": 4, "test/b": 4}, (11, 9))
+    memory, disk = (image_folder(tmp_path, batch_size=3, memory_limit_mb=limit) for limit in (1, 0))
+    for split in SPLITS:
+        assert memory.split(split).in_memory and not disk.split(split).in_memory
+        for pair in zip(memory.evaluation_batches(split), disk.evaluation_batches(split), strict=True):
+            assert all(torch.equal(*tensors) for tensors in zip(*pair, strict=True))
+    for limit, in_memory in ((2, [True, True, True]), (1, [False, True, False])):
+        data = image_folder(tmp_path, input_size=512, in_chans=1, memory_limit_mb=limit)
+        assert [data.split(split).in_memory for split in SPLITS] == in_memory
+
+
+@pytest.mark.parametrize(("limit", "workers", "decoded"), [(2048, 0, 1), (0, 2, 3)])
+def test_images_in_memory_are_decoded_once(limit, workers, decoded, tmp_path, monkeypatch):
+    write_images(tmp_path, {"train/a": 4, "train/b": 4})
+    decode, calls = zoo.data.decode, []
+    monkeypatch.setattr(zoo.data, "decode", lambda file, transform: calls.append(file) or decode(file, transform))
+    data = image_folder(tmp_path, batch_size=2, num_workers=2, memory_limit_mb=limit)
+    data.setup("fit")
+    data.setup("test")
+    loaders = [data.train_dataloader(), data.val_dataloader()]
+    assert [loader.num_workers for loader in loaders] == [workers] * 2
+    for loader in loaders * 3:
+        in_process = DataLoader(loader.dataset, batch_sampler=loader.batch_sampler, collate_fn=loader.collate_fn)
+        assert sum(len(labels) for _, labels in in_process) == len(loader.dataset)
+    assert collections.Counter(calls) == {tmp_path / "train" / c / f"{i}.png": decoded for c in "ab" for i in range(4)}
+
+
+@pytest.mark.parametrize(
+    ("counts", "message"),
+    [
+        ({"a": 2, "b": 2}, "no folder .*train; images are expected in .*/train/CLASS/"),
+        ({"train/a": 2}, r"train has 1 class folders \(\['a'\]\); it needs one for each of two or more"),
+        ({"train": 2}, "train has 0 class folders"),
+        ({"train/a": 2, "train/b": 0}, "no image in the class folders b of .*train; add images or remove"),
+        ({**TWO, "test/a": 2, "test/b": 0}, "no image in the class folders b of .*test"),
+        ({**TWO, "val/a": 1}, "val and .*train must have the same class folders, but only one has b; add"),
+        ({**TWO, "test/a": 1, "test/b": 1, "test/c": 1}, "test and .*train .* only one has c; add"),
+    ],
+)
+def test_folders_that_are_no_data_set_are_told(counts, message, tmp_path):
+    write_images(tmp_path, counts)
+    with pytest.raises(ValueError if "train" in str(counts) else FileNotFoundError, match=message):
+        image_folder(tmp_path)
+
+
+def test_a_class_with_one_image_needs_a_validation_folder(tmp_path):
+    write_images(tmp_path, {"train/a": 3, "train/b": 1})
+    with pytest.raises(ValueError, match="class 'b' of mine has 1 training image, too few .* validation split of its"):
+        image_folder(tmp_path, title="mine").setup("fit")
+    write_images(tmp_path, {"val/a": 1, "val/b": 1})
+    assert len(image_folder(tmp_path).split("train")) == 4
+
+
+def test_unreadable_images_are_counted_and_named(tmp_path):
+    write_images(tmp_path, {"train/a": 12, "train/b": 12, "val/a": 1, "val/b": 1}, (64, 64), form="jpg")
+    cut, *others = sorted((tmp_path / "train/b").iterdir())
+    cut.write_bytes(cut.read_bytes()[:-400])
+    others[0].write_bytes(b"no image at all")
+    with pytest.raises(ValueError, match=f"2 of 24 images cannot be read: {cut}, {others[0]}; remove or replace them"):
+        image_folder(tmp_path).setup("fit")
+    with pytest.raises(ValueError, match=f"{cut} is no readable image .*; remove or replace it"):
+        list(image_folder(tmp_path, memory_limit_mb=0).evaluation_batches("train"))
+    for file in others:
+        file.write_bytes(b"")
+    with pytest.raises(ValueError, match=r"12 of 24 images cannot be read: (\S+, ){10}\.\.\.; remove"):
+        image_folder(tmp_path).setup("fit")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"mean": [0.5]}, r"mean and std are 3 numbers each .* got \[0.5\]"),
+        ({"in_chans": 1, "std": [0.2, 0.2]}, "mean and std are 1 numbers each"),
+        ({"std": [0.2, 0.0, 0.2]}, "std above 0"),
+        ({"std": [0.2, float("nan"), 0.2]}, "std above 0"),
+        ({"in_chans": 2}, r"grey \(1 channel\) or RGB \(3 channels\), got in_chans=2"),
+        ({"input_size": 0}, "input_size must be at least 1, got 0"),
+        ({"num_workers": -1}, "num_workers must be at least 0, got -1"),
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"val_fraction": 0}, r"share in \(0, 0.5\] .* got 0"),
+        ({"val_fraction": 0.6}, "got 0.6"),
+        ({"val_fraction": float("nan")}, "got nan"),
+        ({"augment": "crops"}, "unknown augment 'crops'. Did you mean 'crop'. Choose one of: crop, crop_flip, none"),
+    ],
+)
+def test_arguments_out_of_range_are_told(arguments, message, tmp_path):
+    write_images(tmp_path, TWO)
+    with pytest.raises(ValueError, match=message):
+        image_folder(tmp_path, **arguments)
+
+
+@pytest.mark.parametrize(("path", "names"), [("new", ["0.png", "1.png", "deep/0.png"]), ("new/1.png", ["1.png"])])
+def test_predict_takes_a_file_or_a_folder(path, names, tmp_path):
+    images = write_images(tmp_path, {"new": 2, "new/deep": 1}, mode="L")
+    for ignored in ("notes.txt", "._1.png", ".cache/2.png", "album.jpg/notes.txt"):
+        (tmp_path / "new" / ignored).parent.mkdir(exist_ok=True)
+        (tmp_path / "new" / ignored).write_text("no image")
+    data, other = (build_data("Digits", predict=str(tmp_path / path)) for _ in range(2))
+    assert data.predict_files == [str(tmp_path / "new" / name) for name in names]
+    assert contents(data, "predict") == count([pixels(images[f"new/{name}"], 1) for name in names], [-1] * len(names))
+    model = types.SimpleNamespace(transform=ImageTransform(3, 5))
+    other.trainer = types.SimpleNamespace(lightning_module=types.SimpleNamespace(model=model))
+    assert other.split("predict").images.shape == (len(names), 3, 5, 5)
+
+
+def test_predict_refuses_what_is_no_image(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no image file or folder .*nowhere to predict on; .*--data.predict"):
+        build_data("Digits", predict=str(tmp_path / "nowhere"))
+    (tmp_path / "notes.txt").write_text("no image")
+    with pytest.raises(ValueError, match="no image to predict on in .*; images end in .*png"):
+        build_data("Digits", predict=str(tmp_path))
+    with pytest.raises(ValueError, match="1 of 1 images cannot be read: .*notes.txt"):
+        build_data("Digits", predict=str(tmp_path / "notes.txt")).split("predict")
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+@pytest.mark.parametrize("padding", [0, 1, 2])
+def test_random_shift_is_one_of_all_shifts_and_each_as_often(padding, dtype):
+    image = torch.arange(1, 2 * 5 * 6 + 1, dtype=dtype).view(2, 5, 6)
+    expected = {}
+    for move in itertools.product(range(-padding, padding + 1), repeat=2):
+        moved = F.pad(image, [padding] * 4).roll(move, (1, 2))[:, padding : padding + 5, padding : padding + 6]
+        expected[moved.numpy().tobytes()] = move
+    images = image.repeat(400 * len(expected), 1, 1, 1)
+    shifted = random_shift(images, padding, torch.Generator().manual_seed(0))
+    assert shifted.shape == images.shape and shifted.dtype == dtype
+    counts = collections.Counter(expected[image.numpy().tobytes()] for image in shifted)
+    assert len(counts) == (2 * padding + 1) ** 2 and all(300 <= number <= 500 for number in counts.values())
+
+
+def test_random_flip_mirrors_half_of_the_images():
+    image = torch.from_numpy(noise(3, 4, 5))
+    flipped = random_flip(image.repeat(2000, 1, 1, 1), torch.Generator().manual_seed(0))
+    same, mirrored = ((flipped == other).flatten(1).all(1) for other in (image, image.flip(2)))
+    assert (same ^ mirrored).all() and 900 <= mirrored.sum() <= 1100
+
+
+@pytest.mark.parametrize(
+    ("augment", "size", "outcomes"),
+    [("none", 8, 1), ("crop", 7, 1), ("crop", 8, 9), ("crop", 16, 25), ("crop_flip", 7, 2), ("crop_flip", 8, 18)],
+)
+def test_augmentation_gives_all_that_it_may(augment, size, outcomes):
+    images = torch.from_numpy(noise(3, size, size)).repeat(1000, 1, 1, 1)
+    augmented = augment_batch(images, augment, torch.Generator().manual_seed(0))
+    assert len(augmented.unique(dim=0)) == outcomes and (augmented is images) == (augment == "none")
+
+
+def test_only_training_images_are_augmented_and_all_become_floats():
+    images, labels = torch.from_numpy(noise(64, 1, 8, 8)), torch.arange(64)
+    data = build_data("Digits")
+    for training, predicting in ((True, False), (False, False), (False, True)):
+        data.trainer = types.SimpleNamespace(training=training, predicting=predicting)
+        batch = data.on_after_batch_transfer((images, labels), 0)
+        floats, kept = (batch, labels) if predicting else batch
+        assert floats.dtype == torch.float32 and 0 <= floats.min() and floats.max() <= 1
+        assert torch.equal(floats, images / 255) != training and torch.equal(kept, labels)
+    defaults = {name: build_data(name).augment for name in ("Digits", *FOLDERS)}
+    assert defaults == {"Digits": "crop", "MNIST": "crop", "CIFAR10": "crop_flip", "CIFAR100": "crop_flip"}
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_evaluation_batches_come_in_order_as_floats(split):
+    data = build_data("Digits", batch_size=100)
+    batches = list(data.evaluation_batches(split))
+    images, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    assert {len(labels) for _, labels in batches[:-1]} == {100} and images.dtype == torch.float32
+    assert torch.equal(images, data.split(split).images / 255) and torch.equal(labels, data.split(split).labels)
+
+
+def test_unknown_names_bring_the_nearest():
+    with pytest.raises(ValueError, match="unknown data set 'CIFAR-10'. Did you mean 'CIFAR10'. Choose one of: .*MNIST"):
+        build_data("CIFAR-10")
+    with pytest.raises(ValueError, match="unknown split 'tests'. Did you mean 'test'"):
+        next(build_data("Digits").evaluation_batches("tests"))
+
+
+def test_training_images_are_shuffled_and_others_are_not():
+    data = build_data("Digits", batch_size=431)
+    loaders = [data.train_dataloader()] * 2 + [data.val_dataloader(), data.test_dataloader(), data.predict_dataloader()]
+    epochs = [[torch.cat(parts) for parts in zip(*loader, strict=True)] for loader in loaders]
+    for (images, labels), split in zip(epochs, ("train", *SPLITS, "test"), strict=True):
+        assert count(images.numpy(), labels) == contents(data, split)
+        assert torch.equal(images, data.split(split).images) == (split != "train")
+    assert not torch.equal(epochs[0][0], epochs[1][0])
+    assert data.predict_files == [f"test image {index}" for index in range(360)]
+
+
+@pytest.mark.parametrize("batch_size", [64, 100, 431, 432, 646, 647, 1292, 1293, 1294, 5000])
+def test_the_last_small_batch_is_dropped_but_never_the_only_one(batch_size):
+    data = build_data("Digits", batch_size=batch_size)
+    batches = [len(labels) for _, labels in data.train_dataloader()]
+    assert batches == [min(batch_size, 1293)] * max(1, 1293 // batch_size)
+    for processes in (2, 3, 8):
+        data.trainer = types.SimpleNamespace(world_size=processes)
+        loader = data.train_dataloader()
+        sampler = DistributedSampler(loader.dataset, processes, rank=processes - 1)
+        assert len(DataLoader(loader.dataset, batch_size, sampler=sampler, drop_last=loader.drop_last)) > 0
+
+
+def test_a_rare_class_has_a_validation_image():
+    class Two(zoo.data.Digits):
+        class_names = ["often", "rarely"]
+
+    labels = torch.tensor([0] * 1000 + [1] * 2)
+    kept, held = Two().hold_out(labels)
+    assert labels[kept].bincount().tolist() == [900, 1] and labels[held].bincount().tolist() == [100, 1]
+    assert sorted([*kept.tolist(), *held.tolist()]) == list(range(1002))
+
+
+@pytest.mark.parametrize("damage", ["fewer labels", "a label beyond the classes"])
+def test_files_that_do_not_fit_together_are_told(damage, tmp_path):
+    write_dataset("MNIST", tmp_path)
+    labels = numpy.arange(20 if damage == "a label beyond the classes" else 15).astype(numpy.uint8)
+    header = numpy.array([0x801, len(labels)], dtype=">i4")
+    (tmp_path / "MNIST/raw/t10k-labels-idx1-ubyte").write_bytes(header.tobytes() + labels.tobytes())
+    with pytest.raises(
+        FileNotFoundError, match=f"test files of MNIST under .* do not fit together.* {len(labels)} labels"
+    ):
+        build_data("MNIST", root=str(tmp_path)).split("test")
+
+
+def test_unusual_image_files_look_as_they_should(tmp_path):
+    grey = noise(8, 8)
+    write = {
+        "sixteen bits": (Image.fromarray(grey.astype(numpy.uint16) * 257), {}),
+        "turned by EXIF": (Image.fromarray(numpy.rot90(grey).copy()), {"exif": Image.Exif()}),
+        "palette with transparency": (Image.fromarray(grey).convert("P"), {"transparency": bytes(range(256))}),
+    }
+    write["turned by EXIF"][1]["exif"][0x112] = 6  # turn clockwise to see it upright
+    for name, (image, options) in write.items():
+        image.save(tmp_path / f"{name}.png", **options)
+        assert torch.equal(
+            zoo.data.decode(tmp_path / f"{name}.png", ImageTransform(1, 8))[0], torch.from_numpy(grey)
+        ), name
+    for values in (grey.astype(numpy.float32), grey.astype(numpy.int32)):
+        Image.fromarray(values).save(tmp_path / "no range.tiff")
+        with pytest.raises(
+            ValueError, match="no range.tiff is no readable image .*no stated range; save it with 8 or 16"
+        ):
+            zoo.data.decode(tmp_path / "no range.tiff", ImageTransform(1, 8))
