@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 DEMO := digits_cnn6_tanh_cosine
 
-.PHONY: demo test lint bench setup clean
+.PHONY: demo test floors lint bench setup clean
 
 setup: $(VENV)/ready
 
@@ -23,12 +23,18 @@ demo: setup  ## Train, test, export, load and use a decoupled CNN on real digits
 test: setup lint  ## Run all tests but the slow sweeps.
 	$(RUN) -m pytest -m "not slow" --durations=10
 
+floors: setup  ## Run the tests with every dependency at the lowest version that pyproject.toml allows.
+	$(RUN) -m pip install --quiet --disable-pip-version-check uv
+	$(VENV)/bin/uv venv --quiet --clear --python $(RUN) $(VENV)-floors
+	$(VENV)/bin/uv pip install --quiet --python $(VENV)-floors/bin/python --resolution lowest-direct --editable '.[dev]'
+	$(VENV)-floors/bin/python -m pytest -m "not slow"
+
 lint: setup
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 
-bench: setup  ## Time and memory of a decoupled network beside its plain twin.
+bench: setup  ## Time decoupled layers and networks beside their plain twins.
 	$(RUN) benchmarks/layers.py
 
 clean:
-	rm -rf $(VENV) outputs
+	rm -rf $(VENV) $(VENV)-floors outputs

@@ -78,7 +78,7 @@ def _checkpoint_entry(name, config):
 
 
 def _architecture_entry(name, description):
-    def entry(operator="conv", num_classes=10, in_chans=3, device=None, **arguments):
+    def entry(operator="conv", num_classes=None, in_chans=3, device=None, **arguments):
         model = _zoo().build(name, operator, num_classes=num_classes, in_chans=in_chans, **arguments)
         return model.to(device)
 
@@ -87,7 +87,7 @@ def _architecture_entry(name, description):
 
     Args:
         operator: "conv" for ordinary convolutions, or a decoupled operator such as "tanh_cosine".
-        num_classes: number of logits.
+        num_classes: number of logits; 10 by default.
         in_chans: channels of the images.
         device: where the model is put; the CPU by default.
         arguments: further arguments of ``zoo.build``.

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 import zoo
 from operators import DecoupledConv2d
+from zoo.cards import markdown_table
 
 OPERATORS = ("linear_cosine", "sphere_cosine", "tanh_cosine", "tanh_linear")
 # Name: (in_channels, out_channels, kernel, image size).
@@ -31,6 +32,7 @@ LAYERS = {
 }
 NETWORKS = ("cnn6", "resnet20")
 BATCH = 16
+HEADER = ("what", "step", "plain, ms", *OPERATORS)
 
 
 def measure(rounds: int, device: str) -> list[dict[str, Any]]:
@@ -95,30 +97,45 @@ def seconds(function: Callable[[], None]) -> float:
     return time.perf_counter() - start
 
 
+def table_rows(record: dict[str, Any]) -> list[list[str]]:
+    """Return the cells below ``HEADER``."""
+    return [
+        [
+            row["what"],
+            "train" if row["training"] else "infer",
+            f"{row['plain_ms']:.1f}",
+            *(f"{row['ratios'][operator]:.2f}" for operator in OPERATORS),
+        ]
+        for row in record["rows"]
+    ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=11, help="interleaved repeats (default: 11)")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads (default: all)")
     parser.add_argument("--output", type=Path, help="write the numbers as JSON, too")
+    parser.add_argument("--markdown", type=Path, help="measure nothing, print the table of such a JSON file")
     arguments = parser.parse_args()
+    if arguments.markdown:
+        print(markdown_table(HEADER, table_rows(json.loads(arguments.markdown.read_text(encoding="utf-8")))))
+        return
     torch.set_num_threads(arguments.threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     hardware = torch.cuda.get_device_name() if device == "cuda" else f"{arguments.threads} CPU threads"
     rows = measure(arguments.rounds, device)
-    table = Table("what", "step", "ms", *OPERATORS, title=f"decoupled / plain (ms), {hardware}")
+    record = {
+        "hardware": f"{hardware} ({platform.machine()})",
+        "torch": str(torch.__version__),
+        "rounds": arguments.rounds,
+        "rows": rows,
+    }
+    table = Table(*HEADER, title=f"decoupled / plain, {record['hardware']}")
     table.columns[0].no_wrap = True
-    for row in rows:
-        kind = "train" if row["training"] else "infer"
-        ratios = [f"{row['ratios'][operator]:.2f}" for operator in OPERATORS]
-        table.add_row(row["what"], kind, f"{row['plain_ms']:.1f}", *ratios)
+    for row in table_rows(record):
+        table.add_row(*row)
     Console().print(table)
     if arguments.output:
-        record = {
-            "hardware": f"{hardware} ({platform.machine()})",
-            "torch": str(torch.__version__),
-            "rounds": arguments.rounds,
-            "rows": rows,
-        }
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
         arguments.output.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 

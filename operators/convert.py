@@ -102,8 +102,9 @@ def convert_decoupled(
 
     Raises:
         ValueError: nothing to convert, a network converted before, or an unknown operator.
-        TypeError: a convolution that was chosen has hooks or a class whose ``forward`` we do not know, or ``model`` is
-            wrapped (DDP, FSDP, ``torch.compile``, TorchScript). Nothing is changed then.
+        TypeError: a convolution that was chosen has hooks or a class whose ``forward`` we do not know (timm's are
+            skipped, and the report says so), or ``model`` is wrapped (DDP, FSDP, ``torch.compile``, TorchScript).
+            Nothing is changed then.
     """
     config = OperatorConfig.parse(operator)
     _refuse_wrappers(model)

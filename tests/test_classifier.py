@@ -261,6 +261,55 @@ def test_fine_tuning_starts_from_the_checkpoint(tmp_path):
         classifier = fit(tmp_path, pretrained=str(tmp_path / "photos_cnn6_ball_cosine"), learning_rate=1e-9)
     spec = classifier.model.spec
     assert (spec.operator.name, spec.in_chans, len(spec.class_names)) == ("ball_cosine", 1, 10)
-    assert spec.std == (2.0,), "the normalisation is the checkpoint's"
+    assert spec.std == pytest.approx((2 / 3**0.5,)), "the checkpoint's, for one channel instead of three"
     torch.testing.assert_close(classifier.model.network.features[3].weight, source.network.features[3].weight)
     assert classifier.model.network.fc.out_features == 10
+
+
+def test_fine_tuning_at_another_size_keeps_that_size(tmp_path):
+    zoo.save(zoo.build("cnn6", in_chans=1, input_size=32), tmp_path / "large_cnn6_conv")
+    assert fit(tmp_path, pretrained=str(tmp_path / "large_cnn6_conv")).model.transform.input_size == 8
+
+
+@pytest.mark.parametrize("change", [{"num_classes": 4}, {"in_chans": 3}, {"input_size": 32}], ids=str)
+def test_measuring_a_network_on_other_data_than_its_own_is_refused(tmp_path, change):
+    zoo.save(zoo.build("cnn6", **{"in_chans": 1, "input_size": 8} | change), tmp_path / "other_cnn6_conv")
+    classifier = Classifier(pretrained=str(tmp_path / "other_cnn6_conv"))
+    with pytest.raises(ValueError, match=r"the network has \w+ .*, but Digits has .*; choose the data"):
+        make_trainer(tmp_path).test(classifier, datamodule=Digits())
+
+
+def test_other_class_names_of_the_same_number_are_refused(tmp_path):
+    fit(tmp_path, *last_checkpoint(tmp_path))
+
+    class Renamed(Digits):
+        class_names = list("abcdefghij")
+
+    with pytest.raises(ValueError, match=r"the network has class_names \('0', .*, but Digits has \['a'"):
+        make_trainer(tmp_path).test(Classifier(), Renamed(), ckpt_path=tmp_path / "last.ckpt", weights_only=True)
+
+
+@pytest.mark.parametrize("settings", [{"learning_rate": 1e-5}, {"optimizer": "sgd"}, {"weight_decay": 0.5}])
+def test_an_optimiser_cannot_change_when_a_run_goes_on(tmp_path, settings):
+    fit(tmp_path, *last_checkpoint(tmp_path))
+    with pytest.raises(ValueError, match=f"{next(iter(settings))} cannot change when a run goes on"):
+        make_trainer(tmp_path).fit(
+            Classifier(**settings), datamodule=Digits(), ckpt_path=tmp_path / "last.ckpt", weights_only=True
+        )
+
+
+def test_training_stops_where_a_gradient_is_not_finite(tmp_path):
+    class Poison(L.Callback):
+        def on_after_backward(self, trainer, module):
+            if trainer.global_step == 2:
+                module.model.network.features[3].weight.grad[0] = float("nan")
+
+    with pytest.raises(FloatingPointError, match=r"at step 2, where the gradient of \S*features.3.weight is not"):
+        fit(tmp_path, Poison(), *last_checkpoint(tmp_path))
+    assert not (tmp_path / "last.ckpt").exists()
+
+
+def test_a_dry_run_saves_nothing(tmp_path):
+    trainer = make_trainer(tmp_path, *last_checkpoint(tmp_path), fast_dev_run=True)
+    trainer.fit(Classifier(), datamodule=Digits())
+    assert not list(tmp_path.rglob("*.ckpt"))

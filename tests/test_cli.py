@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from sklearn.datasets import load_digits
 import train
 import zoo
 from zoo import __main__ as command_line
+from zoo.checkpoints import PRETRAINED
 from zoo.cli import TRAINER_DEFAULTS
 from zoo.data import DATA
 
@@ -113,6 +115,22 @@ def test_a_checkpoint_stands_for_its_own_settings(run):
     assert {file.name for file in path.parent.iterdir()} == {"best.ckpt", "last.ckpt"}
 
 
+def test_a_run_goes_on_to_its_own_last_epoch(run):
+    path = fit(run, "--trainer.max_epochs=2")
+    status, _, errors = run("fit", *SHORT[2:], "--ckpt_path", path)
+    assert status == 0, errors
+    saved = torch.load(path, weights_only=True)
+    assert saved["epoch"] == 1 and saved["decoupled_zoo"]["trainer"] == {"max_epochs": 2}
+
+
+def test_a_folder_with_another_run_is_left_alone(run):
+    path = fit(run)
+    before = path.read_bytes()
+    status, _, errors = run("fit", *SHORT, "--checkpoint.dirpath", "run")
+    assert status == 1 and "run/last.ckpt is another run's: go on with it (--ckpt_path run/last.ckpt), or" in errors
+    assert path.read_bytes() == before
+
+
 def test_settings_that_contradict_the_checkpoint_are_refused(run):
     path = fit(run, "--model.operator=ball_cosine")
     before = path.read_bytes()
@@ -161,6 +179,13 @@ def test_fine_tuning_on_photographs_then_predicting_without_them(run, monkeypatc
     assert status == 1 and "no folder photos/train" in errors
     status, _, errors = run("test", "--ckpt_path", path, "--data.root=gone")
     assert status == 0, errors
+    name = "photos_cnn6_tanh_cosine"
+    status, printed, errors = run("export", path, name, "--to", ".", "--root=gone", main=command_line.main)
+    assert status == 0 and "test split" not in printed, errors
+    config = json.loads(Path(name, "config.json").read_text())
+    assert [metric["split"] for metric in config["metrics"]] == ["val"] and config["in_chans"] == 3
+    assert "root" not in config["training"]["data"]["arguments"]
+    assert run("verify", "--accuracy", "--root=gone", f"./{name}", "digits_cnn6_conv", main=command_line.main)[0] == 0
 
 
 def test_export_writes_a_folder_that_load_and_verify_take(run):
@@ -188,6 +213,15 @@ def test_export_writes_a_folder_that_load_and_verify_take(run):
     assert status == 1 and "fingerprint" in printed
 
 
+def test_cards_are_written_again(run):
+    shutil.copytree(PRETRAINED / "digits_cnn6_conv", "digits_cnn6_conv")
+    before = Path("digits_cnn6_conv/README.md").read_bytes()
+    Path("digits_cnn6_conv/README.md").write_text("an older card")
+    assert run("verify", "./digits_cnn6_conv", main=command_line.main)[0] == 1
+    assert run("cards", "./digits_cnn6_conv", main=command_line.main)[0] == 0
+    assert Path("digits_cnn6_conv/README.md").read_bytes() == before
+
+
 def test_list_shows_every_embedded_checkpoint(run):
     status, printed, _ = run("list", main=command_line.main)
     assert status == 0 and all(name in printed for name in zoo.list_checkpoints())
@@ -197,16 +231,17 @@ def test_the_embedded_checkpoints_reach_what_they_claim(run):
     status, printed, errors = run("verify", "--accuracy", main=command_line.main)
     assert status == 0, printed + errors
     for name in ("digits_cnn6_tanh_cosine", "digits_cnn6_sphere_cosine", "digits_cnn6_conv"):
-        config = json.loads((ROOT / "zoo/pretrained" / name / "config.json").read_text())
+        config = json.loads((PRETRAINED / name / "config.json").read_text())
         assert [m["value"] >= 0.98 for m in config["metrics"] if m["split"] == "test"] == [True]
 
 
-def test_the_demo_writes_its_picture(run):
-    status, printed, errors = run("demo", "digits_cnn6_tanh_cosine", main=command_line.main)
+@pytest.mark.parametrize("name", zoo.list_checkpoints())
+def test_the_demo_writes_its_picture(run, name):
+    status, printed, errors = run("demo", name, main=command_line.main)
     assert status == 0, errors
     assert "held-out digits" in printed
     with Image.open("outputs/demo.png") as picture:
-        assert picture.width > 1000 and len(set(picture.convert("L").getdata())) > 50
+        assert picture.width > 1000 and len(set(picture.convert("L").tobytes())) > 50
 
 
 WRONG = {
@@ -227,6 +262,10 @@ WRONG = {
     "untrained": ("test", "test needs a trained network: --ckpt_path"),
     "checkpoint": ("test --ckpt_path nowhere.ckpt", "no Lightning checkpoint nowhere.ckpt"),
     "pretrained": ("predict --model.pretrained digits_cnn6", "unknown checkpoint 'digits_cnn6'. Did you mean"),
+    "devices": (
+        "predict --model.pretrained digits_cnn6_conv --trainer.devices 2 --trainer.strategy ddp_spawn",
+        "one device",
+    ),
     "image": ("predict --model.pretrained digits_cnn6_conv --data.predict nowhere.png", "nowhere.png"),
 }
 

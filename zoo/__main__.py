@@ -1,6 +1,7 @@
-"""``python -m zoo``: list, verify and export checkpoints, show one at work, and draw the operators."""
+"""``python -m zoo``: list, verify, describe and export checkpoints, show one at work, draw the operators."""
 
 import argparse
+import inspect
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,17 +11,19 @@ from rich.console import Console
 from rich.table import Table
 
 import zoo
-from zoo.checkpoints import PRETRAINED, read_config
+from operators.lookup import look_up
+from zoo.cards import markdown_table, model_card
+from zoo.checkpoints import CARD, PRETRAINED, read_config
 from zoo.classifier import read_lightning_checkpoint, read_record
 from zoo.cli import readable_errors
-from zoo.data import ImageData, build_data
+from zoo.data import DATA, ImageData, build_data
 from zoo.models import ModelSpec
 from zoo.plots import plot_operators, plot_predictions
 
 ROOT = Path(__file__).resolve().parent.parent
 
 # Arguments of data modules that hold on one machine only, or for one use.
-LOCAL = ("root", "predict", "download", "num_workers", "memory_limit_mb")
+MACHINE_ARGUMENTS = ("root", "predict", "download", "num_workers", "memory_limit_mb")
 
 
 def main() -> None:
@@ -28,6 +31,7 @@ def main() -> None:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     command = commands.add_parser("list", help="show the embedded checkpoints and what was measured")
+    command.add_argument("--markdown", action="store_true", help="print the table of the README")
     command.set_defaults(function=show_list)
 
     command = commands.add_parser("verify", help="recompute what checkpoints claim; exit status 1 if anything differs")
@@ -35,6 +39,10 @@ def main() -> None:
     command.add_argument("--accuracy", action="store_true", help="measure the test accuracy again, too")
     command.add_argument("--root", help="the folder of the images, if the checkpoint's data is not Digits")
     command.set_defaults(function=verify)
+
+    command = commands.add_parser("cards", help="write the model cards again from their config.json")
+    command.add_argument("names", nargs="*", metavar="NAME", help="names or folders; all embedded ones by default")
+    command.set_defaults(function=write_cards)
 
     command = commands.add_parser("export", help="make a checkpoint folder from a Lightning checkpoint")
     command.add_argument("checkpoint", type=Path, help="the Lightning checkpoint (.ckpt) that train.py wrote")
@@ -59,29 +67,44 @@ def main() -> None:
 
 
 def show_list(arguments: argparse.Namespace) -> None:
-    table = Table("checkpoint", "data", "accuracy", "images", "parameters")
-    table.columns[0].no_wrap = True
+    header = ("checkpoint", "data", "accuracy", "images", "parameters")
+    rows = []
     for name in zoo.list_checkpoints():
         config = read_config(PRETRAINED / name)
         for metric in config["metrics"]:
-            row = f"{metric['dataset']}, {metric['split']}", f"{metric['value']:.4f}", f"{metric['images']:,}"
-            table.add_row(name, *row, f"{config['parameters']:,}")
+            data, value = f"{metric['dataset']}, {metric['split']}", f"{metric['value']:.4f}"
+            rows.append((name, data, value, f"{metric['images']:,}", f"{config['parameters']:,}"))
+    if arguments.markdown:
+        print(markdown_table(header, rows))
+        return
+    table = Table(*header)
+    table.columns[0].no_wrap = True
+    for row in rows:
+        table.add_row(*row)
     Console().print(table)
 
 
 def verify(arguments: argparse.Namespace) -> None:
     failed = False
     for name in arguments.names or zoo.list_checkpoints():
-        batches = None
+        batches, split = None, "test"
         if arguments.accuracy:
-            training = read_config(zoo.find(name))["training"]
-            if "data" not in training:
-                raise ValueError(f"{name} does not say what data it was trained on, so its accuracy is not measured")
-            batches = _data(training["data"], arguments.root).evaluation_batches("test")
-        problems = zoo.verify(name, batches)
+            config = read_config(zoo.find(name))
+            if "data" not in config["training"] or not config["metrics"]:
+                raise ValueError(f"{name} does not record what was measured on which data, so it cannot be checked")
+            split = config["metrics"][-1]["split"]
+            batches = _data(config["training"]["data"], arguments.root).evaluation_batches(split)
+        problems = zoo.verify(name, batches, split)
         print(f"{name}: {'ok' if not problems else '; '.join(problems)}")
         failed = failed or bool(problems)
     sys.exit(int(failed))
+
+
+def write_cards(arguments: argparse.Namespace) -> None:
+    for name in arguments.names or zoo.list_checkpoints():
+        folder = zoo.find(name)
+        (folder / CARD).write_text(model_card(read_config(folder)), encoding="utf-8")
+        print(f"written: {folder / CARD}")
 
 
 def export(arguments: argparse.Namespace) -> None:
@@ -101,7 +124,9 @@ def export(arguments: argparse.Namespace) -> None:
     )
     data = _data(record["data"], arguments.root)
     metrics = []
-    for split in ("val", "test"):
+    # A folder without test images has only validation accuracy to show.
+    splits = ("val",) if data.split("test") is data.split("val") else ("val", "test")
+    for split in splits:
         value, images = zoo.accuracy(model, data.evaluation_batches(split))
         metrics.append(zoo.Metric("accuracy", value, data.title, split, images))
         print(f"accuracy {value:.4f} on {data.title}, {split} split, {images:,} images")
@@ -136,14 +161,17 @@ def curves(arguments: argparse.Namespace) -> None:
 
 def _data(record: dict[str, Any], root: str | None) -> ImageData:
     arguments = dict(record["arguments"])
-    if root is not None:
+    kind = look_up(DATA, record["name"], "data set")
+    if root is not None and "root" in inspect.signature(kind).parameters:
         arguments["root"] = root
-    return build_data(record["name"], **arguments)
+    return kind(**arguments)
 
 
 def _portable(record: dict[str, Any]) -> dict[str, Any]:
     """Return the description of a data module without what is this machine's own."""
-    arguments = {key: value for key, value in record["arguments"].items() if key not in LOCAL and value is not None}
+    arguments = {
+        key: value for key, value in record["arguments"].items() if key not in MACHINE_ARGUMENTS and value is not None
+    }
     return {"name": record["name"], "arguments": arguments}
 
 

@@ -63,16 +63,17 @@ class LastCheckpoint(Checkpoint):
     """
 
     def on_train_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        folder = next(callback.dirpath for callback in trainer.callbacks if isinstance(callback, ModelCheckpoint))
-        trainer.save_checkpoint(Path(folder) / "last.ckpt")
+        if not trainer.fast_dev_run:
+            folder = next(callback.dirpath for callback in trainer.callbacks if isinstance(callback, ModelCheckpoint))
+            trainer.save_checkpoint(Path(folder) / "last.ckpt", weights_only=False)
 
 
 class PredictionTable(BasePredictionWriter):
     """Show the predicted classes of ``python train.py predict`` as a table, and write them all as CSV.
 
     Args:
-        output: the CSV file (columns: image, then class and probability of each place); none by default.
-        top: how many classes of each image are shown.
+        output: the CSV file (columns: image, then class and probability of the likeliest classes); none by default.
+        top: how many of the likeliest classes are shown.
         rows: how many images the table on the screen shows; the file has all.
 
     Raises:
@@ -93,9 +94,10 @@ class PredictionTable(BasePredictionWriter):
         probabilities, labels = torch.cat(predictions).cpu().sort(1, descending=True)
         names = module.model.class_names
         places = range(min(self.top, len(names)))
+        files = [trainer.datamodule.predict_files[index] for batch in batch_indices[0] for index in batch]
         rows = [
             [(file, ""), *((names[order[place]], f"{values[place]:.4f}") for place in places)]
-            for file, order, values in zip(trainer.datamodule.predict_files, labels, probabilities, strict=True)
+            for file, order, values in zip(files, labels, probabilities, strict=True)
         ]
         self._show(rows)
         if self.output:

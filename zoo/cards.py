@@ -1,7 +1,7 @@
-"""The model card of a checkpoint, generated from its ``config.json``."""
+"""Markdown: the model card of a checkpoint, generated from its ``config.json``, and tables."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 
@@ -33,29 +33,34 @@ def model_card(config: Mapping[str, Any]) -> str:
         "logits = model(model.transform(image)[None])",
         "```",
         "",
-        "| | |",
-        "|---|---|",
     ]
-    for metric in config["metrics"]:
-        lines.append(
-            f"| {metric['name']} on {metric['dataset']}, {metric['split']} split, {metric['images']:,} images "
-            f"| {metric['value']:.4f} |"
+    facts = [
+        (
+            f"{metric['name']} on {metric['dataset']}, {metric['split']} split, {metric['images']:,} images",
+            f"{metric['value']:.4f}",
         )
-    lines.append(f"| parameters | {config['parameters']:,} |")
-    if not plain:
-        lines.append(f"| operator | `{json.dumps(operator)}` |")
-    for key, value in config["training"].items():
-        text = value if isinstance(value, str | int) else f"`{json.dumps(value)}`"
-        lines.append(f"| {key.replace('_', ' ')} | {text} |")
-    lines += [
-        f"| classes | {', '.join(config['class_names'])} |",
-        f"| licence of the weights | {config['licence']} |",
-        f"| sha256 of `model.safetensors` | `{config['sha256']}` |",
+        for metric in config["metrics"]
     ]
+    facts.append(("parameters", f"{config['parameters']:,}"))
+    if not plain:
+        facts.append(("operator", f"`{json.dumps(operator)}`"))
+    for key, value in config["training"].items():
+        facts.append((key, str(value) if isinstance(value, str | int) else f"`{json.dumps(value)}`"))
+    facts += [
+        ("classes", ", ".join(config["class_names"])),
+        ("licence of the weights", config["licence"]),
+        ("sha256 of `model.safetensors`", f"`{config['sha256']}`"),
+    ]
+    lines.append(markdown_table(("", ""), facts))
     if not plain:
         twin = name.removesuffix(operator_name) + "conv"
-        lines += ["", f"The twin with ordinary convolutions, trained by the same recipe, is `{twin}`."]
+        lines += ["", f"Compare it with its twin of ordinary convolutions, `{twin}`, where that is published."]
     return "\n".join(lines) + "\n"
+
+
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a table in Markdown."""
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rows))
 
 
 def _licence_identifier(licence: str) -> str:

@@ -1,8 +1,10 @@
 """Checkpoint folders: ``config.json``, ``model.safetensors`` and the model card, written whole and read strictly."""
 
+import copy
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import re
 import tempfile
@@ -26,6 +28,9 @@ CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 
 # Larger headers are refused before they are parsed: a small file can name gigabytes of tensors.
 LARGEST_HEADER, MOST_TENSORS = 1 << 20, 5000
+
+# Arguments of timm that fetch or unpickle weights; a checkpoint has its own.
+FOREIGN_SOURCES = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"}
 
 # Logits of the same weights differ by rounding between machines and releases of torch; relative to the largest logit.
 FINGERPRINT_TOLERANCE = 1e-4
@@ -63,7 +68,9 @@ def load(
     Args:
         where: the name of an embedded checkpoint (see :func:`list_checkpoints`) or the path of a checkpoint folder.
         num_classes: another number gives the model a fresh, untrained classifier, and says so.
-        in_chans: another number spreads the first convolution's filters over that many channels, and says so.
+        in_chans: another number spreads the first convolution's filters over that many channels, and says so. Images
+            with equal channels then get the answers they had: exactly so from one channel, and for ordinary
+            convolutions from several.
         device: where the model is put; the CPU by default.
 
     Raises:
@@ -95,7 +102,7 @@ def load_untrained(
     """
     folder = find(where)
     model = _build(read_config(folder), folder)
-    if num_classes is not None:
+    if num_classes not in (None, len(model.class_names)):
         model.reset_classifier([str(label) for label in range(num_classes)])
     return model.to(device)
 
@@ -169,26 +176,27 @@ def verify(
     claimed, measured = (
         torch.tensor(logits, dtype=torch.float64) for logits in (config["fingerprint"], fingerprint(model))
     )
-    agree = claimed.shape == measured.shape
-    if not agree or (claimed - measured).abs().max() > FINGERPRINT_TOLERANCE * claimed.abs().max():
+    tolerance = FINGERPRINT_TOLERANCE * measured.abs().max()
+    if claimed.shape != measured.shape or not ((claimed - measured).abs() <= tolerance).all():
         problems.append(f"{CONFIG}: the logits on the fingerprint's images are not those recorded")
     card = folder / CARD
     if not card.is_file() or card.read_text(encoding="utf-8") != model_card(config):
-        problems.append(f"{CARD}: not the card that {CONFIG} gives; save the model again")
+        problems.append(f"{CARD}: not the card that {CONFIG} gives; python -m zoo cards writes it")
     if batches is not None:
         problems += _verify_accuracy(model, config, batches, split)
     return problems
 
 
 def accuracy(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[float, int]:
-    """Return the share of images whose largest logit is the label's, and the number of images."""
-    device = next(model.parameters()).device
+    """Return the fraction of images whose largest logit is the label's in evaluation mode, and the images' number."""
+    device, training = next(model.parameters()).device, model.training
     correct = total = 0
     model.eval()
     with torch.inference_mode():
         for images, labels in batches:
             correct += (model(images.to(device)).argmax(1).cpu() == labels.cpu()).sum().item()
             total += len(labels)
+    model.train(training)
     if not total:
         raise ValueError("accuracy needs at least one image")
     return correct / total, total
@@ -203,10 +211,8 @@ def fingerprint(model: ImageModel) -> list[list[float]]:
     count = spec.in_chans * spec.input_size**2
     phases = torch.arange(count, dtype=torch.float64) * torch.tensor([[0.37], [0.74]], dtype=torch.float64)
     images = (0.5 + 0.5 * phases.sin()).float().view(2, spec.in_chans, spec.input_size, spec.input_size)
-    device, training = next(model.parameters()).device, model.training
     with torch.inference_mode():
-        logits = model.cpu().eval()(images)
-    model.to(device).train(training)
+        logits = copy.deepcopy(model).cpu().float().eval()(images)
     return [[round(value, 6) for value in row] for row in logits.tolist()]
 
 
@@ -246,6 +252,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     for field, kind in _FIELDS.items():
         if not isinstance(config.get(field), kind):
             raise CheckpointError(f"{path}: {field!r} is missing or malformed; fetch the checkpoint again")
+    columns = {field.name for field in dataclasses.fields(Metric)}
+    if not all(isinstance(metric, dict) and metric.keys() == columns for metric in config["metrics"]):
+        raise CheckpointError(f"{path}: a metric has other fields than {', '.join(sorted(columns))}")
     return config
 
 
@@ -262,6 +271,7 @@ _FIELDS: dict[str, type | tuple[type, ...]] = {
     "metrics": list,
     "training": dict,
     "licence": str,
+    "parameters": int,
     "sha256": str,
     "fingerprint": list,
 }
@@ -274,13 +284,15 @@ def _put_in_place(draft: Path, folder: Path, old: Path) -> None:
         folder.rename(old)
     try:
         draft.rename(folder)
-    except OSError:
-        if replaces:
+    except BaseException:
+        if replaces and not folder.exists():
             old.rename(folder)
         raise
 
 
 def _build(config: dict[str, Any], folder: Path) -> ImageModel:
+    if foreign := sorted(FOREIGN_SOURCES & config["model_args"].keys()):
+        raise CheckpointError(f"{folder / CONFIG}: model_args name other weights ({', '.join(foreign)}); remove these")
     try:
         return ModelSpec.from_dict(config).build()
     except (TypeError, ValueError) as error:
@@ -322,10 +334,9 @@ def _check_header(path: Path, data: bytes) -> None:
     if len(data) < 8 or length > min(LARGEST_HEADER, len(data) - 8):
         raise CheckpointError(f"{path} is not a safetensors file: its header does not fit; fetch the checkpoint again")
     try:
-        pairs = json.loads(data[8 : 8 + length], object_pairs_hook=list)
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        names = [name for name, _ in json.loads(data[8 : 8 + length], object_pairs_hook=list)]
+    except (TypeError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} has a malformed header ({error}); fetch the checkpoint again") from error
-    names = [name for name, _ in pairs] if isinstance(pairs, list) else []
     if len(names) > MOST_TENSORS or len(set(names)) != len(names):
         raise CheckpointError(f"{path} names {len(names)} tensors, {len(set(names))} of them different; it is refused")
 
@@ -349,14 +360,17 @@ def _check_tensors(path: Path, tensors: Mapping[str, Tensor], expected: Mapping[
 
 
 def _with_channels(model: ImageModel, in_chans: int) -> ImageModel:
-    """Return the model for ``in_chans`` channels: equal channels give the first layer's old answer to their mean."""
+    """Return the model for ``in_chans`` channels, which answers to equal channels what it answered before."""
     spec = model.spec
-    mean, std = ([sum(values) / spec.in_chans] * in_chans for values in (spec.mean, spec.std))
+    # Both the filters and the normalised pixels are scaled, so that no norm changes with the number of channels.
+    scale = math.sqrt(spec.in_chans / in_chans)
+    mean = [sum(spec.mean) / spec.in_chans] * in_chans
+    std = [sum(spec.std) / spec.in_chans / scale] * in_chans
     wider = dataclasses.replace(spec, in_chans=in_chans, mean=tuple(mean), std=tuple(std)).build()
     weights = model.network.state_dict()
     for name, wanted in wider.network.state_dict().items():
         if weights[name].shape != wanted.shape:
-            weights[name] = weights[name].mean(1, keepdim=True).expand_as(wanted) * (spec.in_chans / in_chans)
+            weights[name] = weights[name].mean(1, keepdim=True).expand_as(wanted) * scale
     wider.network.load_state_dict(weights)
     return wider.eval()
 

@@ -1,5 +1,7 @@
 """The Lightning module: one model of the zoo, its loss, optimiser and schedule."""
 
+import dataclasses
+import functools
 import math
 import os
 import pickle
@@ -19,6 +21,7 @@ from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
 from operators import DecoupledConv2d, filter_norm
+from zoo.callbacks import decoupled_layers
 from zoo.checkpoints import load
 from zoo.data import ImageData
 from zoo.models import PLAIN, ImageModel, ModelSpec, build
@@ -30,7 +33,8 @@ RECORD = "decoupled_zoo"
 class Classifier(L.LightningModule):
     """Train a network of the zoo to name the class of an image.
 
-    The number of classes, the channels, the size and the normalisation of the images follow from the data module.
+    The classes, the channels, the size and the normalisation of the images follow from the data module; with
+    ``pretrained``, the normalisation is the checkpoint's.
 
     Args:
         architecture: one of ours (cnn6, cnn9, resnet20, ...) or any timm architecture.
@@ -78,17 +82,17 @@ class Classifier(L.LightningModule):
             raise ValueError(f"learning_rate must be more than 0, got {learning_rate}")
         self.save_hyperparameters()
         self.model: ImageModel | None = None
+        self.commands: list[str] = []
 
     def setup(self, stage: str) -> None:
         data = self._data()
         if self.model is None:
             self._set_model(self._build(data, stage))
             rank_zero_info(f"{_identity(self.model.spec)}, {sum(p.numel() for p in self.parameters()):,} parameters")
-        if stage != "predict" and self.model.class_names != tuple(data.class_names):
-            raise ValueError(
-                f"the model knows the classes {list(self.model.class_names)}, but {data.title} has {data.class_names}; "
-                "choose the data it was trained on (--data), or train again"
-            )
+        if stage != "predict":
+            _check_data(self.model.spec, data)
+        # Asked for at the start, for files may change while the network trains.
+        _commit()
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> Tensor:
         images, labels = batch
@@ -104,10 +108,9 @@ class Classifier(L.LightningModule):
     def test_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> None:
         self._evaluate(batch, "test")
 
-    def predict_step(self, batch: Any, batch_index: int) -> Tensor:
+    def predict_step(self, batch: Tensor, batch_index: int) -> Tensor:
         """Return the probability of each class, (N, num_classes)."""
-        images = batch[0] if isinstance(batch, list | tuple) else batch
-        return self.model(images).softmax(1)
+        return self.model(batch).softmax(1)
 
     def configure_optimizers(self) -> dict[str, Any]:
         settings = self.hparams
@@ -136,16 +139,29 @@ class Classifier(L.LightningModule):
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        gradients = {name: value.grad for name, value in self.named_parameters() if value.grad is not None}
+        # Loss scaling for float16 finds infinite gradients itself, and skips the step.
+        if self.trainer.precision == "16-mixed" or torch.nn.utils.get_total_norm(gradients.values()).isfinite():
+            return
+        wrong = [name for name, gradient in gradients.items() if not gradient.isfinite().all()]
+        where = f"the gradient of {wrong[-1]}" if wrong else "the gradient's norm"
+        raise FloatingPointError(
+            f"training stopped at step {self.global_step}, where {where} is not finite; lower --model.learning_rate, "
+            "or go on from the last checkpoint (--ckpt_path)"
+        )
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         data = self._data()
         checkpoint[RECORD] = {
             "spec": self.model.spec.to_dict(),
             "model": _own(self.hparams),
             "data": {"name": type(data).__name__, "arguments": _own(data.hparams)},
+            "trainer": {"max_epochs": self.trainer.max_epochs},
             "training": {
                 "epochs": self.current_epoch + 1,
-                "command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
-                "seed": os.environ.get("PL_GLOBAL_SEED", "none"),
+                "command": " && ".join([*self.commands, _command()]),
+                "seed": int(os.environ.get("PL_GLOBAL_SEED", -1)),
                 "commit": _commit(),
                 "hardware": _hardware(self.device),
                 "torch": str(torch.__version__),
@@ -153,14 +169,20 @@ class Classifier(L.LightningModule):
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        spec = ModelSpec.from_dict(read_record(checkpoint)["spec"])
-        if self.model is not None and self.trainer.state.fn != "predict":
+        record = read_record(checkpoint)
+        spec = ModelSpec.from_dict(record["spec"])
+        stage = self.trainer.state.fn if self._trainer else "predict"
+        if stage != "predict":
             held, asked = _identity(spec), _identity(self.model.spec)
             if held != asked:
                 raise ValueError(
                     f"the checkpoint holds {held}, but {asked} was asked for; leave out the --model and --data options "
                     "to go on with the checkpoint's network, or leave out --ckpt_path to train a new one"
                 )
+            _check_data(spec, self._data())
+        if stage == "fit":
+            self._check_optimizer(record["model"])
+            self.commands = [record["training"]["command"]]
         # Built again, for the checkpoint's normalisation is part of its spec and not among its weights.
         self._set_model(spec.build())
 
@@ -171,12 +193,22 @@ class Classifier(L.LightningModule):
             {f"{split}_accuracy": MulticlassAccuracy(classes, average="micro") for split in ("val", "test")}
         )
 
+    def _check_optimizer(self, old: Mapping[str, Any]) -> None:
+        """Refuse what would have no effect: the optimiser goes on with the state it had."""
+        kept = ("optimizer", "learning_rate", "weight_decay", "decay_decoupled_filters")
+        if changed := [name for name in kept if old[name] != self.hparams[name]]:
+            raise ValueError(
+                f"{', '.join(changed)} cannot change when a run goes on (--ckpt_path); to start from its weights, "
+                "export it (python -m zoo export) and train with --model.pretrained"
+            )
+
     def _build(self, data: ImageData, stage: str) -> ImageModel:
         settings = self.hparams
-        if settings.pretrained and stage == "predict":
+        if settings.pretrained and stage != "fit":
             return load(settings.pretrained)
         if settings.pretrained:
             model = load(settings.pretrained, in_chans=data.in_chans)
+            model.spec = dataclasses.replace(model.spec, input_size=data.input_size)
             if model.class_names != tuple(data.class_names):
                 model.reset_classifier(data.class_names)
             return model.train()
@@ -204,7 +236,7 @@ class Classifier(L.LightningModule):
         logits = self.model(images)
         name = f"{split}_accuracy"
         self.accuracy[name](logits, labels)
-        self.log(f"{split}_loss", F.cross_entropy(logits, labels), batch_size=len(labels))
+        self.log(f"{split}_loss", F.cross_entropy(logits, labels), batch_size=len(labels), sync_dist=True)
         self.log(name, self.accuracy[name], prog_bar=True, batch_size=len(labels))
 
 
@@ -222,11 +254,10 @@ def learning_rate_factor(progress: float, schedule: str, warmup: float) -> float
 def orthogonality_penalty(model: nn.Module) -> Tensor:
     """Return the sum over decoupled layers of ``½ ‖ŴᵀŴ - I‖²``, Ŵ's columns being the layer's normalised filters."""
     total = torch.zeros((), device=next(model.parameters()).device)
-    for layer in model.modules():
-        if isinstance(layer, DecoupledConv2d):
-            filters = (layer.weight / filter_norm(layer.weight, eps=layer.operator.eps)).flatten(1)
-            gram = filters @ filters.T
-            total = total + 0.5 * (gram - torch.eye(len(gram), device=gram.device)).square().sum()
+    for layer in decoupled_layers(model):
+        filters = (layer.weight / filter_norm(layer.weight, eps=layer.operator.eps)).flatten(1)
+        gram = filters @ filters.T
+        total = total + 0.5 * (gram - torch.eye(len(gram), device=gram.device)).square().sum()
     return total
 
 
@@ -266,15 +297,34 @@ def _own(hparams: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in hparams.items() if not name.startswith("_")}
 
 
+def _check_data(spec: ModelSpec, data: ImageData) -> None:
+    """Refuse to train or measure a network on images of other classes, channels or size than its own."""
+    for what in ("class_names", "in_chans", "input_size"):
+        mine, theirs = getattr(spec, what), getattr(data, what)
+        if mine != (tuple(theirs) if what == "class_names" else theirs):
+            raise ValueError(
+                f"the network has {what} {mine}, but {data.title} has {theirs}; choose the data it was trained on "
+                "(--data), or train again"
+            )
+
+
 def _identity(spec: ModelSpec) -> str:
     settings = f" {dict(spec.model_args)}" if spec.model_args else ""
     return f"{spec.architecture}{settings} with {spec.operator or PLAIN} and {len(spec.class_names)} classes"
 
 
+def _command() -> str:
+    return shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
+
+
+@functools.cache
 def _commit() -> str:
     """Return the commit of this code, with ``-dirty`` if files differ from it."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    git = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
+    try:
+        git = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
+    except OSError:
+        return "none"
     return git.stdout.strip() if git.returncode == 0 else "none"
 
 

@@ -9,6 +9,7 @@ import re
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
@@ -23,6 +24,8 @@ from zoo.data import DATA
 # Lightning's advertisement, and a deprecated function that it calls itself.
 logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "litlogger" not in record.msg)
 warnings.filterwarnings("ignore", message=".*LeafSpec", module="lightning")
+
+CURABLE = (argparse.ArgumentError, ValueError, TypeError, OSError, FloatingPointError, MisconfigurationException)
 
 TRAINER_DEFAULTS = {
     "max_epochs": 40,
@@ -43,11 +46,13 @@ TRAINER_DEFAULTS = {
 class ZooCLI(LightningCLI):
     """``LightningCLI`` with a checkpoint of the best and the last epoch, and a table of predictions.
 
-    ``--ckpt_path FILE`` stands for the model and data settings it was trained with, and for its folder: they act as if
-    they were written first on the command line, so a configuration file and further options override them.
+    ``--ckpt_path FILE`` stands for its folder and for the model, data and number of epochs it was trained with: they
+    act as if they were written first on the command line, so a configuration file and further options override them.
 
     Raises:
-        ValueError: ``test``, ``validate`` or ``predict`` of an untrained network, or a checkpoint that cannot be read.
+        FileExistsError: ``fit`` into a folder that has another run's checkpoints.
+        ValueError: ``test``, ``validate`` or ``predict`` of an untrained network, ``predict`` on several devices, or a
+            checkpoint that cannot be read.
         FileNotFoundError: no such checkpoint.
     """
 
@@ -88,11 +93,22 @@ class ZooCLI(LightningCLI):
         # Lightning has put the checkpoint's settings above the command line's.
         self.config = self.asked
         settings = self.config[self.subcommand]
+        if self.subcommand == "fit" and not settings.ckpt_path and settings.checkpoint.dirpath:
+            last = Path(settings.checkpoint.dirpath) / "last.ckpt"
+            if last.exists():
+                raise FileExistsError(
+                    f"{last} is another run's: go on with it (--ckpt_path {last}), or choose another folder "
+                    "(--checkpoint.dirpath)"
+                )
         if self.subcommand != "fit" and not settings.ckpt_path and not settings.model.pretrained:
             raise ValueError(
                 f"{self.subcommand} needs a trained network: --ckpt_path outputs/.../best.ckpt (what fit wrote), or "
                 "--model.pretrained NAME (a checkpoint of the zoo)"
             )
+
+    def after_instantiate_classes(self) -> None:
+        if self.subcommand == "predict" and self.trainer.world_size > 1:
+            raise ValueError("predict runs on one device, for each would write a table of its own: --trainer.devices 1")
 
 
 def checkpoint_settings(arguments: Sequence[str]) -> list[str]:
@@ -114,6 +130,7 @@ def checkpoint_settings(arguments: Sequence[str]) -> list[str]:
     folder = os.path.dirname(os.path.abspath(known.ckpt_path))
     # Nothing but tensors and plain values is unpickled.
     settings = ["--weights_only", "true", "--model", json.dumps(model), "--checkpoint.dirpath", folder]
+    settings += ["--trainer.max_epochs", json.dumps(record["trainer"]["max_epochs"])]
     # Images to predict on are decoded as the network wants them, so the training images need not be there.
     if known.predict is None:
         kind = look_up(DATA, record["data"]["name"], "data set")
@@ -127,7 +144,7 @@ def readable_errors() -> Iterator[None]:
     """Turn errors that a person can cure into one message and exit status 1; ``ZOO_TRACEBACK=1`` shows the stack."""
     try:
         yield
-    except (argparse.ArgumentError, ValueError, TypeError, OSError, MisconfigurationException) as error:
+    except CURABLE as error:
         if os.environ.get("ZOO_TRACEBACK"):
             raise
         print(f"error: {shortened(str(error))}", file=sys.stderr)

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import lightning as L
 import numpy as np
@@ -32,7 +32,7 @@ from operators.lookup import look_up, unknown_name
 from zoo.transforms import ImageTransform
 
 Augment = Literal["none", "crop", "crop_flip"]
-AUGMENTS = ("none", "crop", "crop_flip")
+AUGMENTS = get_args(Augment)
 # Images to predict on are read later, when it is known what the network takes.
 STAGES = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ()}
 
@@ -483,7 +483,8 @@ class ImageFolder(ImageData):
                 raise ValueError(f"{name} must be at least {least}, got {value}")
         self.save_hyperparameters()
         self.root = Path(root)
-        self.input_size = ImageTransform(in_chans, input_size).input_size
+        ImageTransform(in_chans, input_size)  # refuses other channels than it knows
+        self.input_size = input_size
         self.in_chans = in_chans
         self.title = title or self.root.resolve().name
         self.licence = licence

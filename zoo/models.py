@@ -187,7 +187,8 @@ def build(
         input_size=input_size or _default_input_size(network),
         mean=_per_channel("mean", mean or default_mean, in_chans),
         std=_per_channel("std", std or default_std, in_chans),
-        model_args=architecture_args,
+        # Where the first weights came from is no part of the network.
+        model_args={name: value for name, value in architecture_args.items() if name != "pretrained"},
     )
     return ImageModel(network, spec)
 

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from operators import ANGULARS, MAGNITUDES, OperatorConfig
 
-matplotlib.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "font.size": 10})
-
+STYLE = {"axes.spines.top": False, "axes.spines.right": False, "font.size": 10}
 WRONG = "tab:red"
 REFERENCE = {"color": "black", "linestyle": "--", "linewidth": 1, "label": "convolution"}
 
@@ -41,6 +40,7 @@ def draw_angulars(axes: Axes, operators: Sequence[OperatorConfig]) -> None:
     axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
 
 
+@matplotlib.rc_context(STYLE)
 def plot_operators(path: Path) -> None:
     """Write a PNG of every magnitude and every angular function."""
     figure = Figure(figsize=(12, 3.6), layout="constrained")
@@ -51,12 +51,13 @@ def plot_operators(path: Path) -> None:
     _write(figure, path)
 
 
+@matplotlib.rc_context(STYLE)
 def plot_predictions(
     images: Tensor,
     labels: Sequence[str],
     predicted: Sequence[str],
     probabilities: Sequence[float],
-    operator: OperatorConfig,
+    operator: OperatorConfig | None,
     title: str,
     path: Path,
 ) -> None:
@@ -66,6 +67,7 @@ def plot_predictions(
         images: (N, C, H, W) in [0, 1].
         labels, predicted: the true and the predicted class of each.
         probabilities: of the predicted classes.
+        operator: None for ordinary convolutions.
     """
     figure = Figure(figsize=(12, 6), layout="constrained")
     left, right = figure.subfigures(1, 2, width_ratios=(3, 2))
@@ -75,13 +77,13 @@ def plot_predictions(
     for axes, image, label, guess, probability in zip(
         left.axes, images, labels, predicted, probabilities, strict=False
     ):
-        axes.imshow(image.permute(1, 2, 0), cmap="gray_r", vmin=0, vmax=1)
+        axes.imshow(image.permute(1, 2, 0).numpy(), cmap="gray_r", vmin=0, vmax=1)
         text = f"{guess} ({probability:.0%})" + ("" if guess == label else f"\nis {label}")
         axes.set_title(text, fontsize=9, color="black" if guess == label else WRONG)
-    right.suptitle(operator.name)
+    right.suptitle(operator.name if operator else "ordinary convolution")
     above, below = right.subplots(2, 1)
-    draw_magnitudes(above, [operator])
-    draw_angulars(below, [operator])
+    draw_magnitudes(above, [operator] if operator else [])
+    draw_angulars(below, [operator] if operator else [])
     _write(figure, path)
 
 

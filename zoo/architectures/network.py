@@ -12,7 +12,7 @@ class Network(nn.Module):
         num_classes: number of logits; 0 if there is no classifier.
         num_features: width of what the classifier reads.
         input_size: height and width of the images that the network was made for, in pixels.
-        pool: from feature maps to (N, num_features).
+        pool: from feature maps to what the classifier reads, (N, num_features): pooling, or a hidden layer.
         fc: the classifier.
 
     Shape:

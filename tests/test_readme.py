@@ -1,0 +1,109 @@
+"""The README is true: its code runs, its commands exist, its tables are the registries' and the measured numbers."""
+
+import json
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import RichProgressBar
+from PIL import Image
+from sklearn.datasets import load_digits
+
+import train
+import zoo
+from benchmarks import layers
+from operators import ANGULARS, MAGNITUDES, DecoupledConv2d
+from zoo.cards import markdown_table
+from zoo.checkpoints import PRETRAINED, read_config
+from zoo.cli import TRAINER_DEFAULTS
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+BASH = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+
+
+def write_digits(folder, count):
+    digits = load_digits()
+    for index in range(count):
+        path = folder / str(digits.target[index]) / f"{index}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray((digits.images[index] * 15.9).astype("uint8")).save(path)
+
+
+@pytest.mark.parametrize("number", range(len(PYTHON)))
+def test_the_code_runs(number, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_digits(tmp_path, 1)
+    (tmp_path / "0/0.png").rename("digit.png")
+    code = PYTHON[number].replace('"ORG/decoupled-zoo"', repr(str(ROOT))).replace("trust_repo=True", "source='local'")
+    names = {}
+    exec(code.replace("pretrained=True", "pretrained=False"), names)
+    printed = capsys.readouterr().out
+    if "hub.load" in code:
+        assert re.fullmatch(r"0 \d+\.\d%\n", printed)
+    if "convert_decoupled" in code:
+        assert "tanh_cosine: 53 converted, 0 skipped" in printed
+        assert names["model"].eval()(torch.rand(1, 3, 64, 64)).shape == (1, 1000)
+    if "DecoupledConv2d(" in code:
+        assert isinstance(names["layer"], DecoupledConv2d)
+
+
+@pytest.mark.filterwarnings("ignore:digits_cnn6_tanh_cosine .*")  # the checkpoint says that it is adapted
+@pytest.mark.filterwarnings("ignore:The number of training batches")  # as few as a test can do with
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists")  # predict looks into the folder of the run
+def test_the_fine_tuning_commands_run(tmp_path, monkeypatch, capsys):
+    (commands,) = [block for block in BASH if "train.py fit" in block]
+    monkeypatch.chdir(tmp_path)
+    write_digits(tmp_path / "my_photos/train", 60)
+    write_digits(tmp_path / "my_photos/val", 30)
+    for command in commands.strip().splitlines():
+        python, *words = shlex.split(command.replace("configs/", f"{ROOT}/configs/"))
+        assert python == "python" and words[0] == "train.py"
+        monkeypatch.setattr(sys, "argv", words + (["--trainer.max_epochs=1"] if words[1] == "fit" else []))
+        monkeypatch.setitem(TRAINER_DEFAULTS, "callbacks", [RichProgressBar()])
+        train.main()
+    assert "20 of 30 images" in capsys.readouterr().out
+
+
+def test_the_commands_exist():
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for target in re.findall(r"`make (\w+)`|^make (\w+)", README, re.MULTILINE):
+        assert re.search(rf"^{''.join(target)}:", makefile, re.MULTILINE), target
+    for path in re.findall(r"`((?:operators|zoo|configs|benchmarks|docs)/[\w./]*)`|\]\((docs/\S+)\)", README):
+        assert (ROOT / "".join(path)).exists(), path
+
+
+def rows_of(header):
+    """Return the cells of the table below a header, without backquotes."""
+    table = README[README.index(header) :].split("\n\n")[0].splitlines()[2:]
+    return [[cell.strip().replace("`", "") for cell in re.split(r"(?<!\\)\|", row)[1:-1]] for row in table]
+
+
+def test_the_tables_of_operators_are_the_registries():
+    expected = [[name, yes(kind.bounded), yes(kind.smooth)] for name, kind in MAGNITUDES.items()]
+    assert [[name, *flags] for name, _, *flags in rows_of("| magnitude |")] == expected
+    assert [name for name, _ in rows_of("| angular function |")] == list(ANGULARS)
+
+
+def yes(flag):
+    return "yes" if flag else "no"
+
+
+def test_the_table_of_checkpoints_is_what_they_record():
+    header = ("checkpoint", "data", "accuracy", "images", "parameters")
+    rows = [
+        (name, f"{m['dataset']}, {m['split']}", f"{m['value']:.4f}", f"{m['images']:,}", f"{config['parameters']:,}")
+        for name, config in ((name, read_config(PRETRAINED / name)) for name in zoo.list_checkpoints())
+        for m in config["metrics"]
+    ]
+    assert markdown_table(header, rows) in README
+
+
+def test_the_table_of_costs_is_what_was_measured():
+    record = json.loads((ROOT / "results/layers.json").read_text(encoding="utf-8"))
+    assert markdown_table(layers.HEADER, layers.table_rows(record)) in README
+    assert record["hardware"] in README and f"torch {record['torch']}" in README
