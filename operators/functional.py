@@ -15,6 +15,11 @@ from operators.magnitude import Magnitude
 
 Pair = int | tuple[int, int]
 
+# Asked once, for torch 2.11 cannot trace the question.
+AUTOCAST_DEVICES = frozenset(
+    device for device in ("cpu", "cuda", "mps", "xpu", "hpu", "xla") if torch.amp.is_autocast_available(device)
+)
+
 
 def decoupled_conv2d(
     input: Tensor,
@@ -51,7 +56,8 @@ def decoupled_conv2d(
 
     Raises:
         TypeError: an input that is not floating point.
-        ValueError: channels that do not fit, negative padding, ``padding="same"`` with a stride.
+        ValueError: channels that do not fit, negative padding, ``padding="same"`` with a stride, a kernel larger than
+            the padded input.
 
     Source: ``f_d(w, x) = h(‖w‖, ‖x‖) · g(θ)``, Liu et al., Decoupled Networks, CVPR 2018, section 3.
     """
@@ -73,7 +79,8 @@ def decoupled_conv2d(
             response = dot * magnitude.gain(n)
         else:
             dot = F.conv2d(input, weight / w_norm, None, stride, 0, dilation, groups)
-            response = magnitude(n, w_norm.squeeze(-1)) * angular(dot / n)
+            # In this order the product has the memory format of the convolution.
+            response = angular(dot / n) * magnitude(n, w_norm.squeeze(-1))
         if bias is not None:
             response = response + bias.to(response.dtype)[:, None, None]
         return response.to(result_dtype)
@@ -96,7 +103,7 @@ def patch_norm(
         ``input`` (N, C, H, W) or (C, H, W); returns (N, groups, H', W') or (groups, H', W').
 
     Raises:
-        ValueError: negative padding, ``padding="same"`` with a stride.
+        ValueError: negative padding, ``padding="same"`` with a stride, a kernel larger than the padded input.
     """
     kernel_size, stride_pair, dilation_pair = _pair(kernel_size), _pair(stride), _pair(dilation)
     input = pad(input, kernel_size, stride, padding, dilation, padding_mode)
@@ -142,8 +149,16 @@ def pad(
 
 def _window_sum(values: Tensor, dim: int, size: int, stride: int, dilation: int) -> Tensor:
     """Sum ``size`` values, ``dilation`` apart, at every ``stride``-th place along ``dim``."""
-    windows = values.unfold(dim, (size - 1) * dilation + 1, stride)
-    return windows[..., ::dilation].sum(-1)
+    extent = (size - 1) * dilation + 1
+    if values.shape[dim] < extent:
+        raise ValueError(f"the kernel spans {extent} pixels, but the padded input has {values.shape[dim]}; add padding")
+    count = (values.shape[dim] - extent) // stride + 1
+    length = (count - 1) * stride + 1
+    every = (..., slice(None, None, stride), *[slice(None)] * (-dim - 1))
+    total = values.narrow(dim, 0, length)[every]
+    for place in range(1, size):
+        total = total + values.narrow(dim, place * dilation, length)[every]
+    return total
 
 
 def _check_input(input: Tensor, weight: Tensor, groups: int) -> None:
@@ -164,14 +179,14 @@ def _precisions(input: Tensor, angular: Callable[[Tensor], Tensor]) -> tuple[tor
     device = input.device.type
     if input.dtype == torch.float64:
         return torch.float64, torch.float64
-    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    autocast = device in AUTOCAST_DEVICES and torch.is_autocast_enabled(device)
     requested = torch.get_autocast_dtype(device) if autocast else input.dtype
     dot = torch.bfloat16 if requested == torch.bfloat16 and angular is cosine else torch.float32
     return dot, torch.float32 if autocast and requested == torch.float16 else requested
 
 
 def _no_autocast(device: str) -> torch.autocast:
-    return torch.autocast(device if torch.amp.is_autocast_available(device) else "cpu", enabled=False)
+    return torch.autocast(device if device in AUTOCAST_DEVICES else "cpu", enabled=False)
 
 
 def _pair(value: Pair) -> tuple[int, int]:

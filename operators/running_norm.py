@@ -19,6 +19,9 @@ class RunningNorm(nn.Module):
     ``d = 0.999`` and step count ``t``, which equals dividing an average that starts at 0 by ``1 - d^t``. In evaluation
     ``a`` is returned; before the first training step it is 1, so that the radius is absolute.
 
+    Under activation checkpointing the step is taken once, in the first forward pass; a compiled layer inside an eager
+    checkpoint cannot tell the two passes apart and takes it twice.
+
     Shape:
         ``norm``: any, not empty. Returns a scalar.
 
@@ -49,24 +52,32 @@ class RunningNorm(nn.Module):
 
     def _step(self, mean: Tensor) -> None:
         log_decay = math.log(DECAY)
-        self.steps += 1
+        self.steps.add_(1)
         # expm1 keeps the first step's factor exactly 1; 1 - 0.999 ** t would leave a trace of the initial value.
         factor = math.expm1(log_decay) / torch.expm1(self.steps * log_decay)
-        self.average += (mean - self.average) * factor
+        self.average.add_((mean - self.average) * factor)
 
 
 class _SumOverRanks(torch.autograd.Function):
     """The sum of every rank's tensor; each rank's gradient is the sum of all ranks' gradients."""
 
     @staticmethod
-    def forward(context: Any, values: Tensor) -> Tensor:
+    def forward(values: Tensor) -> Tensor:
         total = values.clone()
         torch.distributed.all_reduce(total)
         return total
 
     @staticmethod
+    def setup_context(context: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        pass
+
+    @staticmethod
     def backward(context: Any, gradient: Tensor) -> Tensor:
         return _SumOverRanks.apply(gradient.contiguous())
+
+    @staticmethod
+    def jvp(context: Any, tangent: Tensor) -> Tensor:
+        return _SumOverRanks.apply(tangent)
 
 
 def _mean_over_ranks(mean: Tensor) -> Tensor:

@@ -73,6 +73,7 @@ def make_geometries(*names):
     operators = itertools.cycle(
         [
             OperatorConfig("mix", "sigmoid", "linear"),
+            OperatorConfig("log", "square_cosine"),
             OperatorConfig("tanh", "cosine", "linear", radius_mode="learned_per_channel"),
             OperatorConfig("ball", "linear", "tanh", radius_mode="learned", radius_relative=True),
             OperatorConfig("seg", "power", radius_mode="learned_per_channel", radius_relative=True),
@@ -120,19 +121,24 @@ def check_compiled(network, batches, *, tolerance=SINGLE, **options):
     return twin
 
 
+def steps_of(network):
+    return [buffer.item() for name, buffer in network.named_buffers() if name.endswith("steps")]
+
+
 @every_angular
 def test_compiled_operators_are_the_eager_ones(angular):
     check_compiled(make_branches(angular), [make_images(3)], backend="aot_eager")
 
 
-@pytest.mark.parametrize("training", [True, False])
-def test_a_compiled_relative_radius_is_the_eager_one(training):
+@pytest.mark.parametrize(("training", "angular"), [(True, "linear"), (False, "cosine")])
+def test_a_compiled_relative_radius_is_the_eager_one(training, angular):
     """In training the second step must move the running norm again: neither the step nor its count is a constant."""
     settings = {"radius_mode": "learned_per_channel", "radius_relative": True}
-    network = make_branches("linear", WITH_RADIUS, **settings).train(training)
-    twin = check_compiled(network, [make_images(3), make_images(3, seed=2) * 2], backend="aot_eager")
-    steps = [buffer.item() for name, buffer in twin.named_buffers() if name.endswith("steps")]
-    assert steps == [2 if training else 0] * len(WITH_RADIUS)
+    network = make_branches(angular, WITH_RADIUS, **settings)
+    network(make_images(3, seed=3))
+    batches = [make_images(3), make_images(3, seed=2) * 2]
+    twin = check_compiled(network.train(training), batches, backend="aot_eager")
+    assert steps_of(twin) == [3 if training else 1] * len(WITH_RADIUS)
 
 
 def test_a_compiled_graph_takes_images_of_every_size():
@@ -185,9 +191,9 @@ def export_branches(angular):
 
 
 @functools.cache
-def export_geometries():
-    network, sizes = make_geometries(), {dimension: torch.export.Dim.DYNAMIC for dimension in (0, 2, 3)}
-    return network, torch.export.export(network, (make_images(3),), dynamic_shapes=(sizes,))
+def export_geometries(*dimensions):
+    network, shape = make_geometries(), {dimension: torch.export.Dim.DYNAMIC for dimension in dimensions}
+    return network, torch.export.export(network, (make_images(3),), dynamic_shapes=(shape,))
 
 
 def check_exported(program, network, images):
@@ -202,9 +208,15 @@ def test_an_exported_program_takes_another_batch(angular):
         check_exported(program, network, make_images(batch, seed=2))
 
 
+def test_an_exported_program_of_every_geometry_takes_another_batch():
+    network, program = export_geometries(0)
+    check_exported(program, network, make_images(5))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("batch", "size"), OTHER_SHAPES)
 def test_an_exported_program_of_every_geometry_takes_images_of_another_size(batch, size):
-    network, program = export_geometries()
+    network, program = export_geometries(0, 2, 3)
     check_exported(program, network, make_images(batch, size=size))
 
 
@@ -222,16 +234,26 @@ def check_onnx(exported, network, images):
         torch.testing.assert_close(torch.from_numpy(answer), value, rtol=1e-5, atol=1e-5, msg=message)
 
 
-@every_angular
+# Each magnitude in both ways of computing; the three other angular functions are in every_geometry too.
+@pytest.mark.parametrize(
+    "angular", [pytest.param(name, marks=[] if name in ("cosine", "linear") else pytest.mark.slow) for name in ANGULARS]
+)
 def test_onnx_takes_another_batch(angular):
     pytest.importorskip("onnxscript")
     network, program = export_branches(angular)
     check_onnx(torch.onnx.export(program, dynamo=True, verbose=False), network, make_images(5, seed=2))
 
 
+def test_onnx_of_every_geometry_takes_another_batch():
+    pytest.importorskip("onnxscript")
+    network, program = export_geometries(0)
+    check_onnx(torch.onnx.export(program, dynamo=True, verbose=False), network, make_images(5))
+
+
+@pytest.mark.slow
 def test_onnx_of_every_geometry_takes_images_of_another_size():
     pytest.importorskip("onnxscript")
-    network, program = export_geometries()
+    network, program = export_geometries(0, 2, 3)
     exported = torch.onnx.export(program, dynamo=True, verbose=False)
     for batch, size in OTHER_SHAPES:
         check_onnx(exported, network, make_images(batch, size=size))
@@ -431,7 +453,7 @@ def test_function_transforms_in_training_move_the_buffers_they_are_given(magnitu
     images = make_images(4, channels=2, dtype=torch.float64)
     parameters, buffers = parts_of(network)
     gradients = torch.func.grad(loss_of(network))(parameters, buffers, images)
-    assert all(buffer == 0 for name, buffer in network.named_buffers() if name.endswith("steps"))
+    assert steps_of(network) == [0, 0]
     torch.testing.assert_close(gradients, gradients_by_backward(network, images), **EXACT)
     torch.testing.assert_close(buffers, dict(network.named_buffers()), **EXACT)
 
