@@ -115,6 +115,15 @@ def test_fresh_classifier_and_other_channels(model, folder):
     assert torch.equal(zoo.load(folder, num_classes=10, in_chans=1).network.fc.weight, model.network.fc.weight)
 
 
+@pytest.mark.parametrize("number", [0, -1])
+def test_no_class_and_no_channel_are_refused(folder, number):
+    for load in (zoo.load, zoo.load_untrained):
+        with pytest.raises(ValueError, match="a model needs at least one class"):
+            load(folder, num_classes=number)
+    with pytest.raises(ValueError, match=f"in_chans must be at least 1, got {number}"):
+        zoo.load(folder, in_chans=number)
+
+
 @pytest.mark.parametrize(
     ("operator", "old", "new"),
     [

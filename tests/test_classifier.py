@@ -271,6 +271,12 @@ def test_fine_tuning_at_another_size_keeps_that_size(tmp_path):
     assert fit(tmp_path, pretrained=str(tmp_path / "large_cnn6_conv")).model.transform.input_size == 8
 
 
+def test_fine_tuning_at_a_size_that_the_network_cannot_take_is_refused(tmp_path):
+    zoo.save(zoo.build("cnn9", in_chans=1), tmp_path / "large_cnn9_conv")
+    with pytest.raises(ValueError, match="cnn9, made for images of 32×32 pixels, cannot take 8×8"):
+        fit(tmp_path, pretrained=str(tmp_path / "large_cnn9_conv"))
+
+
 @pytest.mark.parametrize("change", [{"num_classes": 4}, {"in_chans": 3}, {"input_size": 32}], ids=str)
 def test_measuring_a_network_on_other_data_than_its_own_is_refused(tmp_path, change):
     zoo.save(zoo.build("cnn6", **{"in_chans": 1, "input_size": 8} | change), tmp_path / "other_cnn6_conv")

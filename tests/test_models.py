@@ -147,12 +147,120 @@ def test_images_that_do_not_fit_are_refused():
         model(torch.zeros(1, 1, 8, 8, dtype=torch.uint8))
     with pytest.raises(ValueError, match=r"shape \(N, 1, H, W\), got \(1, 3, 8, 8\).*model.transform"):
         model(torch.rand(1, 3, 8, 8))
-    with pytest.raises(ValueError, match=r"in \[0, 1\], got values from 0 to 255; divide bytes by 255"):
-        model(torch.tensor([0.0, 255.0]).repeat(32).view(1, 1, 8, 8))
+    with pytest.raises(TypeError, match=r"got ndarray; model.transform\(image\)\[None\] makes one of a PIL image"):
+        model(numpy.zeros((1, 1, 8, 8)))
     with pytest.raises(ValueError, match=r"images are 3×3 pixels, but this network needs at least 4×4"):
         model(torch.rand(1, 1, 3, 3))
     with pytest.raises(ValueError, match=r"images are 28×28 pixels, but this network was built for 32×32"):
         zoo.build("cnn9")(torch.rand(1, 3, 28, 28))
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (255.0, r"in \[0, 1\], got values from 0 to 255; divide bytes by 255"),
+        (-2.0, r"got values from -2 to 0; .* do not normalise"),
+        (float("inf"), "got values from 0 to inf"),
+        (float("nan"), r"got NaN \(not a number\); find out where it arises"),
+    ],
+)
+def test_the_range_of_every_batch_is_looked_at(wrong, message, training):
+    model = zoo.build("cnn6", "tanh_cosine", in_chans=1).train(training)
+    images = torch.zeros(2, 1, 8, 8)
+    images[1, 0, 3, 4] = wrong
+    for _ in range(2):
+        with pytest.raises(ValueError, match=message):
+            model(images)
+        model(torch.rand(2, 1, 8, 8))
+
+
+def test_graphs_and_empty_batches_have_no_range():
+    model = zoo.build("cnn6", "tanh_cosine", in_chans=1).eval()
+    bytes_ = torch.full((2, 1, 8, 8), 255.0)
+    assert torch.vmap(lambda image: model(image[None]))(bytes_).shape == (2, 1, 10)
+    assert torch.compile(model, backend="eager", fullgraph=True)(bytes_).shape == (2, 10)
+    assert model(bytes_[:0]).shape == (0, 10)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_an_accelerator_that_trains_is_not_kept_waiting(training):
+    model = zoo.build("cnn6", "conv", in_chans=1).train(training)
+    model(torch.rand(2, 1, 8, 8))
+    # Numbers cannot be read from the meta device, which stands for an accelerator here.
+    model, images = model.to("meta"), torch.zeros(2, 1, 8, 8, device="meta")
+    if training:
+        assert model(images).shape == (2, 10)
+    else:
+        with pytest.raises(RuntimeError, match="meta"):
+            model(images)
+
+
+@pytest.mark.parametrize("images_are", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("model_is", [torch.float64, torch.float32, torch.bfloat16])
+def test_images_of_any_precision_are_taken(model_is, images_are):
+    model = zoo.build("cnn6", "tanh_cosine", in_chans=1).to(model_is).eval()
+    images = torch.rand(2, 1, 8, 8).to(images_are)
+    assert torch.equal(model(images), model(images.to(model_is))) and model(images).dtype == model_is
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "PA", "P", "L", "RGB", "RGBa", "La", "1"])
+@pytest.mark.parametrize("in_chans", [1, 3])
+def test_a_drawing_on_a_transparent_ground_is_seen(mode, in_chans):
+    drawing = torch.zeros(8, 8, dtype=torch.bool)
+    drawing[2:6, 3] = True
+    # The drawing is black and so are the hidden pixels, but for the modes with one transparent colour.
+    black = Image.new("RGBA", (8, 8))
+    black.putalpha(Image.fromarray(drawing.numpy().astype(numpy.uint8) * 255))
+    if mode == "P":
+        image = Image.fromarray(drawing.numpy().astype(numpy.uint8)).convert("P")
+        image.putpalette([0, 0, 0] * 256)
+        image.info["transparency"] = bytes([0, 255])
+    elif mode in ("L", "RGB", "1"):
+        image = Image.fromarray(numpy.where(drawing, 0, 255).astype(numpy.uint8)).convert(mode)
+        image.info["transparency"] = (255, 255, 255) if mode == "RGB" else 255
+    elif mode == "PA":
+        image = Image.new("L", (8, 8)).convert("P").convert("PA")
+        image.putalpha(black.getchannel("A"))
+    elif mode == "La":
+        image = black.convert("LA").convert("La")
+    else:
+        image = black.convert(mode)
+    assert image.mode == mode
+    pixels = zoo.build("cnn6", in_chans=in_chans).transform(image)
+    assert torch.equal(pixels, (~drawing).float().expand(in_chans, 8, 8))
+
+
+def test_transparency_is_blended_with_white():
+    image = Image.new("RGBA", (8, 8), (200, 0, 100, 51))
+    expected = torch.tensor([244, 204, 224]).view(3, 1, 1) / 255  # a fifth of the colour and four fifths of white
+    assert torch.equal(zoo.build("cnn6").transform(image), expected.expand(3, 8, 8))
+
+
+@pytest.mark.parametrize("what", [numpy.zeros((8, 8), numpy.uint8), torch.zeros(1, 8, 8), "digit.png"], ids=type)
+def test_transform_takes_pil_images_only(what):
+    with pytest.raises(
+        TypeError, match=rf"a PIL image, got {type(what).__name__}; Image.open\(file\) .* Image.fromarray"
+    ):
+        zoo.build("cnn6").transform(what)
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "levit_128"])
+def test_a_network_of_fixed_size_is_built_for_the_images(name):
+    model = zoo.build(name, "conv", input_size=64, in_chans=1).eval()
+    assert model(torch.rand(2, 1, 64, 64)).shape == (2, 10) and model.spec.input_size == 64
+    model.spec.build().load_state_dict(model.state_dict())
+    assert zoo.build(name).spec.input_size == 224
+
+
+@pytest.mark.parametrize(
+    ("name", "made_for"),
+    [("vit_tiny_patch16_224", 224), ("inception_v3", 299), ("nest_tiny", 224)],
+)
+def test_a_size_that_a_network_cannot_take_is_refused_when_it_is_built(name, made_for):
+    message = rf"{name}, made for images of {made_for}×{made_for} pixels, cannot take 8×8 \(.*--data.input_size.*cnn6"
+    with pytest.raises(ValueError, match=message):
+        zoo.build(name, input_size=8)
 
 
 @pytest.mark.parametrize(
@@ -168,6 +276,7 @@ def test_images_that_do_not_fit_are_refused():
         ),
         ({"architecture": "cnn9", "num_classes": 0}, ValueError, "at least one class"),
         ({"architecture": "cnn9", "in_chans": 0}, ValueError, "in_chans must be at least 1, got 0"),
+        ({"architecture": "cnn9", "input_size": 0}, ValueError, "input_size must be at least 1, got 0"),
         ({"architecture": "cnn9", "mean": [0.5]}, ValueError, "mean needs one number for each of the 3 channels"),
         ({"architecture": "cnn9", "std": [1, 0, 1]}, ValueError, "std must be more than 0"),
     ],

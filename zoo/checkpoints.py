@@ -74,7 +74,7 @@ def load(
         device: where the model is put; the CPU by default.
 
     Raises:
-        ValueError: no such checkpoint.
+        ValueError: no such checkpoint, or less than one class or channel.
         CheckpointError: a folder whose files are missing, damaged or do not fit together.
     """
     folder = find(where)
@@ -83,11 +83,13 @@ def load(
     model.network.load_state_dict(_read_weights(folder, config["sha256"], model.network.state_dict()))
     model.eval()
     if in_chans not in (None, model.spec.in_chans):
+        if in_chans < 1:
+            raise ValueError(f"in_chans must be at least 1, got {in_chans}")
         warnings.warn(f"{folder.name} now takes {in_chans} channels, not {model.spec.in_chans}", stacklevel=2)
         model = _with_channels(model, in_chans)
     if num_classes not in (None, len(model.class_names)):
-        warnings.warn(f"{folder.name} has a fresh classifier for {num_classes} classes: train it", stacklevel=2)
         model.reset_classifier([str(label) for label in range(num_classes)])
+        warnings.warn(f"{folder.name} has a fresh classifier for {num_classes} classes: train it", stacklevel=2)
     return model.to(device)
 
 
@@ -97,7 +99,7 @@ def load_untrained(
     """Return the model that a checkpoint describes, freshly initialised and in training mode.
 
     Raises:
-        ValueError: no such checkpoint.
+        ValueError: no such checkpoint, or less than one class.
         CheckpointError: a ``config.json`` that describes no model.
     """
     folder = find(where)

@@ -24,7 +24,7 @@ from operators import DecoupledConv2d, filter_norm
 from zoo.callbacks import decoupled_layers
 from zoo.checkpoints import load
 from zoo.data import ImageData
-from zoo.models import PLAIN, ImageModel, ModelSpec, build
+from zoo.models import PLAIN, ImageModel, ModelSpec, build, check_input_size
 
 # Where a Lightning checkpoint keeps what is needed to export it; plain values only.
 RECORD = "decoupled_zoo"
@@ -208,7 +208,9 @@ class Classifier(L.LightningModule):
             return load(settings.pretrained)
         if settings.pretrained:
             model = load(settings.pretrained, in_chans=data.in_chans)
-            model.spec = dataclasses.replace(model.spec, input_size=data.input_size)
+            if model.spec.input_size != data.input_size:
+                model.spec = dataclasses.replace(model.spec, input_size=data.input_size)
+                check_input_size(model)
             if model.class_names != tuple(data.class_names):
                 model.reset_classifier(data.class_names)
             return model.train()

@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -87,11 +88,12 @@ class ImageModel(nn.Module):
         transform: turns a PIL image into one image of the shape below.
 
     Shape:
-        (N, in_chans, H, W), floats in [0, 1], to logits (N, num_classes).
+        (N, in_chans, H, W), floats in [0, 1] of any precision, to logits (N, num_classes) in the model's own.
 
     Raises:
-        TypeError: images that are not floating point.
-        ValueError: images of another shape, or plainly not in [0, 1] (looked at until a first batch has passed).
+        TypeError: images that are no tensor of floats.
+        ValueError: images of another shape, or plainly not in [0, 1]. Their range is looked at outside compiled graphs
+            only, and of training on an accelerator in the first batch only.
     """
 
     mean: Tensor
@@ -107,7 +109,7 @@ class ImageModel(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         self._check(images)
-        return self.network((images - self.mean) / self.std)
+        return self.network((images.to(self.mean.dtype) - self.mean) / self.std)
 
     @property
     def transform(self) -> ImageTransform:
@@ -118,11 +120,21 @@ class ImageModel(nn.Module):
         return self.spec.class_names
 
     def reset_classifier(self, class_names: Sequence[str]) -> None:
-        """Give the network a fresh classifier for these classes."""
-        self.network.reset_classifier(len(class_names))
-        self.spec = dataclasses.replace(self.spec, class_names=tuple(class_names))
+        """Give the network a fresh classifier for these classes.
+
+        Raises:
+            ValueError: no class.
+        """
+        names = _class_names(class_names, None)
+        self.network.reset_classifier(len(names))
+        self.spec = dataclasses.replace(self.spec, class_names=names)
 
     def _check(self, images: Tensor) -> None:
+        if not isinstance(images, Tensor):
+            raise TypeError(
+                f"images must be a tensor of floats in [0, 1], got {type(images).__name__}; "
+                "model.transform(image)[None] makes one of a PIL image, torch.from_numpy of an array"
+            )
         if not images.is_floating_point():
             raise TypeError(f"images must be floats in [0, 1], got {images.dtype}; use image.float() / 255")
         if images.dim() != 4 or images.shape[1] != self.spec.in_chans:
@@ -130,16 +142,30 @@ class ImageModel(nn.Module):
                 f"images must have shape (N, {self.spec.in_chans}, H, W), got {tuple(images.shape)}; "
                 "model.transform turns a PIL image into one of them"
             )
-        # Data-dependent, so it stays out of compiled, exported and vmapped graphs.
-        if self._range_is_checked or torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack():
-            return
-        low, high = (bound.item() for bound in images.detach().aminmax())
+        if images.numel() and not self._is_unreadable(images):
+            self._check_range(*(bound.item() for bound in images.detach().aminmax()))
+            self._range_is_checked = True
+
+    def _is_unreadable(self, images: Tensor) -> bool:
+        """Say whether pixels cannot be looked at, as in a graph that is recorded, or not without a cost."""
+        if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack():
+            return True
+        if images.is_cuda and torch.cuda.is_current_stream_capturing():
+            return True
+        # Reading a number waits for all that the accelerator has yet to do.
+        return self._range_is_checked and self.training and images.device.type != "cpu"
+
+    def _check_range(self, low: float, high: float) -> None:
+        if math.isnan(low) or math.isnan(high):
+            raise ValueError(
+                "images must be in [0, 1], got NaN (not a number); find out where it arises, e.g. by "
+                "images.isnan().nonzero()"
+            )
         if low < -0.5 or high > 1.5:
             raise ValueError(
                 f"images must be in [0, 1], got values from {low:.3g} to {high:.3g}; "
                 "divide bytes by 255, and do not normalise: the model does"
             )
-        self._range_is_checked = True
 
 
 def build(
@@ -161,19 +187,23 @@ def build(
         operator: ``"conv"`` for the plain network, or an operator as :func:`convert_decoupled` takes it.
         num_classes: number of logits; by default as many as ``class_names``, else 10.
         in_chans: channels of the images.
-        input_size: height and width of the images, in pixels; by default what the architecture is made for.
+        input_size: height and width of the images, in pixels; by default what the architecture is made for. An
+            architecture of fixed size, such as a vision transformer, is built for this one.
         class_names: one for each class; ``"0"``, ``"1"``, ... by default.
         mean, std: of the pixels in [0, 1], one for each channel; ImageNet's for RGB by default, else 0.5 and 0.25.
         architecture_args: further arguments of the architecture, e.g. ``batch_norm=False``.
 
     Raises:
-        ValueError: an unknown architecture or operator, or numbers that do not fit together.
+        ValueError: an unknown architecture or operator, numbers that do not fit together, or an ``input_size`` that
+            the architecture cannot take.
         TypeError: an argument that the architecture does not have.
     """
     config = None if operator == PLAIN else OperatorConfig.parse(operator)
     names = _class_names(class_names, num_classes)
     if in_chans < 1:
         raise ValueError(f"in_chans must be at least 1, got {in_chans}")
+    if input_size is not None and input_size < 1:
+        raise ValueError(f"input_size must be at least 1, got {input_size}")
     network = _build_network(architecture, len(names), in_chans, input_size, architecture_args)
     if config is not None:
         convert_decoupled(network, config)
@@ -190,7 +220,30 @@ def build(
         # Where the first weights came from is no part of the network.
         model_args={name: value for name, value in architecture_args.items() if name != "pretrained"},
     )
-    return ImageModel(network, spec)
+    model = ImageModel(network, spec)
+    # The size that it is made for needs no proof, which would cost as much as an image.
+    if spec.input_size != _default_input_size(network):
+        check_input_size(model)
+    return model
+
+
+def check_input_size(model: ImageModel) -> None:
+    """Put one black image of ``model.spec.input_size`` through the network, in evaluation mode.
+
+    Raises:
+        ValueError: the network cannot take images of that size.
+    """
+    spec, training = model.spec, model.training
+    image = model.mean.new_zeros(1, spec.in_chans, spec.input_size, spec.input_size)
+    try:
+        with torch.no_grad():
+            model.eval()(image)
+    # A network says in as many ways as it has layers that an image does not fit.
+    except Exception as error:
+        made_for = _default_input_size(model.network)
+        raise _size_error(spec.architecture, made_for, spec.input_size, error) from error
+    finally:
+        model.train(training)
 
 
 def list_architectures(own: bool = False) -> list[str]:
@@ -207,7 +260,7 @@ def _build_network(
         if not timm.is_model(architecture):
             message = unknown_name("architecture", architecture, ARCHITECTURES, unlisted=timm.list_models())
             raise ValueError(f"{message} zoo.list_architectures() lists them all.")
-        return timm.create_model(architecture, **arguments)
+        return _build_timm_network(architecture, input_size, arguments)
     legal = inspect.signature(function).parameters
     for argument in architecture_args:
         if argument not in legal:
@@ -215,6 +268,26 @@ def _build_network(
     if input_size and "input_size" in legal:
         arguments["input_size"] = input_size
     return function(**arguments)
+
+
+def _build_timm_network(architecture: str, input_size: int | None, arguments: dict[str, Any]) -> nn.Module:
+    made_for = timm.get_pretrained_cfg(architecture)
+    if input_size is None or not made_for.fixed_input_size:
+        return timm.create_model(architecture, **arguments)
+    try:
+        return timm.create_model(architecture, **{"img_size": input_size, **arguments})
+    # How timm says that patches or windows do not fit into the image.
+    except (AssertionError, RuntimeError, ZeroDivisionError) as error:
+        raise _size_error(architecture, made_for.input_size[-1], input_size, error) from error
+
+
+def _size_error(architecture: str, made_for: int, size: int, error: Exception) -> ValueError:
+    reason = str(error) or type(error).__name__
+    return ValueError(
+        f"{architecture}, made for images of {made_for}×{made_for} pixels, cannot take {size}×{size} ({reason}); "
+        "choose another size (input_size; on the command line --data.input_size, with --data ImageFolder) or another "
+        "architecture (cnn6 and resnet20 take small images)"
+    )
 
 
 def _default_input_size(network: nn.Module) -> int:

@@ -15,14 +15,16 @@ MODES = {1: "L", 3: "RGB"}
 class ImageTransform:
     """Convert a PIL image to a tensor (in_chans, input_size, input_size) of floats in [0, 1].
 
-    The image is turned upright as its EXIF data say, converted to grey (1 channel) or RGB (3), its shorter side is
-    resized to ``input_size`` pixels if it has another size, and the centre is cropped.
+    The image is turned upright as its EXIF data say, laid on a white ground where it is transparent, converted to grey
+    (1 channel) or RGB (3), its shorter side is resized to ``input_size`` pixels if it has another size, and the centre
+    is cropped.
 
     Args:
         in_chans: 1 or 3.
         input_size: height and width, in pixels.
 
     Raises:
+        TypeError: what is no PIL image.
         ValueError: another number of channels, or an image whose pixels have no stated range (PIL's modes I and F).
     """
 
@@ -38,7 +40,13 @@ class ImageTransform:
 
     def pixels(self, image: Image.Image) -> Tensor:
         """Return the same tensor as uint8 in 0..255."""
-        image = _eight_bits(ImageOps.exif_transpose(image)).convert(MODES[self.in_chans])
+        if not isinstance(image, Image.Image):
+            raise TypeError(
+                f"expected a PIL image, got {type(image).__name__}; Image.open(file) reads one, Image.fromarray(array) "
+                "makes one of bytes (H, W) or (H, W, 3), and a tensor in [0, 1], (N, C, H, W), goes into the model as "
+                "it is"
+            )
+        image = _on_white(_eight_bits(ImageOps.exif_transpose(image))).convert(MODES[self.in_chans])
         if image.size != (self.input_size, self.input_size):
             image = TF.center_crop(TF.resize(image, [self.input_size]), [self.input_size])
         return TF.pil_to_tensor(image)
@@ -52,5 +60,13 @@ def _eight_bits(image: Image.Image) -> Image.Image:
         raise ValueError(
             f"its pixels (PIL's mode {image.mode}) have no stated range; save it with 8 or 16 bits a channel"
         )
-    # Transparency of single palette entries has no place in RGB or grey.
-    return image.convert("RGBA") if image.mode == "P" else image
+    return image
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    """Return the image as it looks on white: pixels that are transparent may have any colour, mostly black."""
+    if not image.has_transparency_data:
+        return image
+    # PIL converts grey with premultiplied alpha to nothing else.
+    image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
