@@ -166,6 +166,21 @@ def test_predict_names_the_classes_of_image_files(run):
     assert sorted(path.name for path in Path("out").iterdir()) == ["guesses.csv"]
 
 
+@pytest.mark.filterwarnings("ignore:2 of 22 images cannot be read")
+def test_predict_goes_on_without_unreadable_files_and_names_each(run):
+    make_photos(Path("photos"), count=10)
+    for name in ("cat/broken.jpg", "dog/broken.png"):
+        Path("photos/train", name).write_text("no image")
+    words = ["--data.predict=photos", "--predictions.output=guesses.csv"]
+    status, printed, errors = run("predict", "--model.pretrained=digits_cnn6_conv", *words)
+    assert status == 1 and "20 of 20 images" in printed and len(Path("guesses.csv").read_text().splitlines()) == 21
+    assert errors.endswith(
+        "error: 2 of 22 images cannot be read; remove or replace them:\n"
+        "  photos/train/cat/broken.jpg: no image of a known kind\n"
+        "  photos/train/dog/broken.png: no image of a known kind\n"
+    )
+
+
 def test_fine_tuning_on_photographs_then_predicting_without_them(run, monkeypatch):
     photos = make_photos(Path("photos"), count=8)
     config = ROOT / "configs/finetune.yaml"
@@ -284,7 +299,10 @@ def test_corrupt_and_missing_images_are_named(run):
     words = ["fit", *SHORT, "--data=ImageFolder", "--data.root=photos", "--data.input_size=8"]
     Path("photos/train/dog/2.png").write_bytes(b"not an image")
     status, _, errors = run(*words)
-    assert status == 1 and "1 of 8 images cannot be read: photos/train/dog/2.png" in errors
+    assert (
+        status == 1
+        and "1 of 8 images cannot be read; remove or replace them:\n  photos/train/dog/2.png: no image" in errors
+    )
     for path in Path("photos/train/dog").iterdir():
         path.unlink()
     status, _, errors = run(*words)

@@ -257,13 +257,18 @@ def test_unreadable_images_are_counted_and_named(tmp_path):
     cut, *others = sorted((tmp_path / "train/b").iterdir())
     cut.write_bytes(cut.read_bytes()[:-400])
     others[0].write_bytes(b"no image at all")
-    with pytest.raises(ValueError, match=f"2 of 24 images cannot be read: {cut}, {others[0]}; remove or replace them"):
+    message = (
+        f"2 of 24 images cannot be read; remove or replace them:\n  {cut}: .*truncated.*\n  {others[0]}: no image of a"
+    )
+    with pytest.raises(ValueError, match=message):
         image_folder(tmp_path).setup("fit")
     with pytest.raises(ValueError, match=f"{cut} is no readable image .*; remove or replace it"):
         list(image_folder(tmp_path, memory_limit_mb=0).evaluation_batches("train"))
     for file in others:
         file.write_bytes(b"")
-    with pytest.raises(ValueError, match=r"12 of 24 images cannot be read: (\S+, ){10}\.\.\.; remove"):
+    with pytest.raises(
+        ValueError, match=r"^12 of 24 images cannot be read; .*:(\n  \S+: .*){10}\n  \.\.\. and 2 more$"
+    ):
         image_folder(tmp_path).setup("fit")
 
 
@@ -310,8 +315,32 @@ def test_predict_refuses_what_is_no_image(tmp_path):
     (tmp_path / "notes.txt").write_text("no image")
     with pytest.raises(ValueError, match="no image to predict on in .*; images end in .*png"):
         build_data("Digits", predict=str(tmp_path))
-    with pytest.raises(ValueError, match="1 of 1 images cannot be read: .*notes.txt"):
+    with pytest.raises(ValueError, match="1 of 1 images cannot be read;.*\n.*notes.txt: no image of a known"):
         build_data("Digits", predict=str(tmp_path / "notes.txt")).split("predict")
+
+
+@pytest.mark.parametrize("limit", [2048, 0])
+def test_predict_leaves_out_what_cannot_be_read_and_says_why(limit, tmp_path, monkeypatch):
+    images = write_images(tmp_path, {"train/a": 2, "train/b": 2, "new": 4})
+    (tmp_path / "new/1.png").write_text("no image")
+    Image.fromarray(noise(64, 64)).save(tmp_path / "new/2.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    data = image_folder(tmp_path, memory_limit_mb=limit, predict=str(tmp_path / "new"))
+    with pytest.warns(UserWarning, match="2 of 4 images cannot be read and are left out"):
+        chosen = data.split("predict")
+    assert chosen.in_memory == (limit > 0) and data.predict_files == [str(tmp_path / f"new/{n}.png") for n in (0, 3)]
+    read = torch.cat([batch for batch, _ in DataLoader(chosen, 1, collate_fn=lambda batch: batch)])
+    assert count(read.numpy(), [-1] * 2) == count([pixels(images[f"new/{n}.png"], 3) for n in (0, 3)], [-1] * 2)
+    reasons = {file.name: reason for file, reason in data.unreadable_files.items()}
+    assert reasons.keys() == {"1.png", "2.png"} and "4096 pixels) exceeds limit of" in reasons["2.png"]
+
+
+def test_the_test_images_of_a_folder_are_predicted_by_name(tmp_path):
+    write_images(tmp_path, {"train/a": 2, "train/b": 2, "test/a": 1, "test/b": 2})
+    for limit in (2048, 0):
+        data = image_folder(tmp_path, memory_limit_mb=limit)
+        data.split("predict")
+        assert data.predict_files == [str(tmp_path / f"test/{name}.png") for name in ("a/0", "b/0", "b/1")]
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])

@@ -19,7 +19,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from operators.lookup import look_up, unknown_name
 from zoo.callbacks import LastCheckpoint, PredictionTable
 from zoo.classifier import read_lightning_checkpoint, read_record
-from zoo.data import DATA
+from zoo.data import DATA, unreadable
 
 # Lightning's advertisement, and a deprecated function that it calls itself.
 logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "litlogger" not in record.msg)
@@ -51,8 +51,8 @@ class ZooCLI(LightningCLI):
 
     Raises:
         FileExistsError: ``fit`` into a folder that has another run's checkpoints.
-        ValueError: ``test``, ``validate`` or ``predict`` of an untrained network, ``predict`` on several devices, or a
-            checkpoint that cannot be read.
+        ValueError: ``test``, ``validate`` or ``predict`` of an untrained network, ``predict`` on several devices, a
+            checkpoint that cannot be read, or, once the others are predicted, images that cannot be read.
         FileNotFoundError: no such checkpoint.
     """
 
@@ -88,6 +88,10 @@ class ZooCLI(LightningCLI):
                 f"best {checkpoint.monitor} {checkpoint.best_model_score:.4f}: "
                 f"{os.path.relpath(checkpoint.best_model_path)}"
             )
+
+    def after_predict(self) -> None:
+        if broken := self.datamodule.unreadable_files:
+            raise ValueError(unreadable(broken, len(broken) + len(self.datamodule.predict_files)))
 
     def before_instantiate_classes(self) -> None:
         # Lightning has put the checkpoint's settings above the command line's.

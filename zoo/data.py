@@ -8,7 +8,7 @@ import abc
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -18,7 +18,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.utilities import rank_zero_info
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from rich.progress import track
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
@@ -78,13 +78,18 @@ def augment_batch(images: Tensor, augment: Augment, generator: Generator | None 
 
 
 class MemoryImages(Dataset):
-    """Images in memory: uint8 (N, C, H, W) and labels int64 (N,). A batch is one indexing of the two."""
+    """Images in memory: uint8 (N, C, H, W) and labels int64 (N,). A batch is one indexing of the two.
+
+    Args:
+        files: where the images come from, if they come from files.
+    """
 
     in_memory = True
 
-    def __init__(self, images: Tensor, labels: Tensor) -> None:
+    def __init__(self, images: Tensor, labels: Tensor, files: Sequence[Path] = ()) -> None:
         self.images = images
         self.labels = labels
+        self.files = files
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -123,7 +128,8 @@ class ImageData(L.LightningDataModule, abc.ABC):
     """Square images with class labels: what every data module of the zoo has.
 
     Batches are (images, labels): float32 in [0, 1], (N, in_chans, input_size, input_size), and int64 (N,). Prediction
-    batches are the images alone; ``predict_files`` then names them, in order. Validation images are always held out of
+    batches are the images alone; ``predict_files`` then names them, in order, without those that cannot be read, whose
+    reasons ``unreadable_files`` tells. Validation images are always held out of
     the training images, never taken from the test images.
 
     Attributes:
@@ -171,6 +177,7 @@ class ImageData(L.LightningDataModule, abc.ABC):
         self.num_workers = 0
         self.memory_limit_mb = 2048
         self.predict_files = [] if predict is None else [str(file) for file in find_images(Path(predict))]
+        self.unreadable_files: dict[Path, str] = {}
         self._sets: dict[str, ImageSet] = {}
 
     @property
@@ -222,13 +229,16 @@ class ImageData(L.LightningDataModule, abc.ABC):
         for images, labels in DataLoader(self.split(split), self.batch_size, collate_fn=_as_it_is):
             yield to_float(images), labels
 
-    def image_set(self, files: Sequence[Path], labels: Tensor, transform: ImageTransform | None = None) -> ImageSet:
-        """Decode ``files`` into memory, or leave them on disk where that takes more than ``memory_limit_mb``."""
-        transform = transform or ImageTransform(self.in_chans, self.input_size)
-        size = len(files) * transform.in_chans * transform.input_size**2
-        if size > self.memory_limit_mb * 2**20:
+    def image_set(self, files: Sequence[Path], labels: Tensor) -> ImageSet:
+        """Decode ``files`` into memory, or leave them on disk where that takes more than ``memory_limit_mb``.
+
+        Raises:
+            ValueError: some of those decoded are no readable images.
+        """
+        transform = ImageTransform(self.in_chans, self.input_size)
+        if not self._fit_into_memory(len(files), transform):
             return DiskImages(files, labels, transform)
-        return MemoryImages(decode_all(files, transform), labels)
+        return MemoryImages(decode_all(files, transform), labels, files)
 
     def hold_out(self, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Return the indices kept for training and those held out for validation, each class in its share."""
@@ -245,15 +255,33 @@ class ImageData(L.LightningDataModule, abc.ABC):
             kept, held = kept[kept != moved], torch.cat([held, moved])
         return kept, held
 
+    def _fit_into_memory(self, count: int, transform: ImageTransform) -> bool:
+        return count * transform.in_chans * transform.input_size**2 <= self.memory_limit_mb * 2**20
+
     def _load_predict(self) -> ImageSet:
         if not self.predict_files:
             test = self.split("test")
-            self.predict_files = [f"test image {index}" for index in range(len(test))]
+            self.predict_files = [str(file) for file in test.files] or [f"test image {i}" for i in range(len(test))]
             return test
         files = [Path(file) for file in self.predict_files]
         # The network that predicts may have been trained on other images than these.
-        transform = self.trainer.lightning_module.model.transform if self.trainer else None
-        return self.image_set(files, torch.full((len(files),), UNLABELLED), transform)
+        model = self.trainer.lightning_module.model if self.trainer else None
+        transform = model.transform if model else ImageTransform(self.in_chans, self.input_size)
+        in_memory = self._fit_into_memory(len(files), transform)
+        images = empty_images(len(files) if in_memory else 0, transform)
+        # Files left on disk are read once before, so that none stops the network half way.
+        broken = decode_each(files, transform, images.__setitem__ if in_memory else lambda *_: None)
+        if len(broken) == len(files):
+            raise ValueError(unreadable(broken, len(files)))
+        if broken:
+            warnings.warn(f"{len(broken)} of {len(files)} images cannot be read and are left out", stacklevel=2)
+        readable = [index for index, file in enumerate(files) if file not in broken]
+        files = [files[index] for index in readable]
+        self.predict_files, self.unreadable_files = [str(file) for file in files], broken
+        labels = torch.full((len(files),), UNLABELLED)
+        if not in_memory:
+            return DiskImages(files, labels, transform)
+        return MemoryImages(torch.from_numpy(images[readable] if broken else images), labels, files)
 
     def _loader(self, split: str) -> DataLoader:
         images = self.split(split)
@@ -545,7 +573,7 @@ def decode(file: Path, transform: ImageTransform) -> Tensor:
             return transform.pixels(image)
     # PIL raises whatever the broken bytes lead to.
     except Exception as error:
-        raise ValueError(f"{file} is no readable image ({error}); remove or replace it") from error
+        raise ValueError(f"{file} is no readable image ({reason(error)}); remove or replace it") from error
 
 
 def decode_all(files: Sequence[Path], transform: ImageTransform) -> Tensor:
@@ -554,26 +582,48 @@ def decode_all(files: Sequence[Path], transform: ImageTransform) -> Tensor:
     Raises:
         ValueError: some are no readable images; all are counted and the first ten named.
     """
-    # An array, for threads do not share torch's inference mode, and refuse to write to its tensors.
-    images = np.empty((len(files), transform.in_chans, transform.input_size, transform.input_size), dtype=np.uint8)
+    images = empty_images(len(files), transform)
+    if broken := decode_each(files, transform, images.__setitem__):
+        raise ValueError(unreadable(broken, len(files), most=10))
+    return torch.from_numpy(images)
 
-    def decode_one(index: int) -> str | None:
+
+def decode_each(
+    files: Sequence[Path], transform: ImageTransform, keep: Callable[[int, np.ndarray], None]
+) -> dict[Path, str]:
+    """Hand each file's place and pixels to ``keep``, several at a time; return why the other files cannot be read."""
+
+    def decode_one(index: int) -> tuple[Path, str] | None:
         try:
-            images[index] = decode(files[index], transform).numpy()
-        except ValueError:
-            return str(files[index])
+            keep(index, decode(files[index], transform).numpy())
+        except ValueError as error:
+            return files[index], reason(error.__cause__)
         return None
 
     quiet = len(files) < WORTH_A_PROGRESS_BAR or not sys.stdout.isatty()
     with ThreadPool() as pool:
         results = pool.imap(decode_one, range(len(files)), chunksize=32)
         results = track(results, "reading images", total=len(files), transient=True, disable=quiet)
-        broken = [file for file in results if file is not None]
-    if broken:
-        raise ValueError(
-            f"{len(broken)} of {len(files)} images cannot be read: {_first(broken)}; remove or replace them"
-        )
-    return torch.from_numpy(images)
+        return dict(result for result in results if result is not None)
+
+
+def empty_images(count: int, transform: ImageTransform) -> np.ndarray:
+    """Return room for images as ``transform`` makes them, uint8 (count, in_chans, input_size, input_size)."""
+    # An array, for threads do not share torch's inference mode, and refuse to write to its tensors.
+    return np.empty((count, transform.in_chans, transform.input_size, transform.input_size), dtype=np.uint8)
+
+
+def unreadable(reasons: Mapping[Path, str], count: int, most: int | None = None) -> str:
+    """Say how many of ``count`` images cannot be read, and of ``most`` of them (all by default) why."""
+    lines = [f"{file}: {reason}" for file, reason in reasons.items()][:most]
+    if len(lines) < len(reasons):
+        lines.append(f"... and {len(reasons) - len(lines)} more")
+    return "\n  ".join([f"{len(reasons)} of {count} images cannot be read; remove or replace them:", *lines])
+
+
+def reason(error: BaseException) -> str:
+    """Return why an image cannot be read; PIL repeats the file's name where it does not know its kind."""
+    return "no image of a known kind" if isinstance(error, UnidentifiedImageError) else str(error)
 
 
 def stratified_split(labels: Tensor, count: int) -> tuple[Tensor, Tensor]:
