@@ -1,4 +1,4 @@
-"""The decoupled convolution as a function, and the patch norm it needs.
+"""The decoupled convolution as a function, and the norms it needs.
 
 Notation: ``x`` is an input patch under the filter (its padding included), ``w`` a filter,
 ``n = ‖x‖ = sqrt(Σ x² + eps)``, ``‖w‖ = sqrt(Σ w² + eps)``, ``ŵ = w / ‖w‖``, ``c = cos θ = ⟨ŵ, x⟩ / n``.
@@ -11,8 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from operators.angular import cosine
-from operators.magnitude import Magnitude
+from operators.fused import Multiplier, convolve, group, respond, sum_of_squares
+from operators.magnitude import Magnitude, unweighted
 
+Angular = Callable[[Tensor], Tensor]
 Pair = int | tuple[int, int]
 
 # Asked once, for torch 2.11 cannot trace the question.
@@ -31,7 +33,7 @@ def decoupled_conv2d(
     groups: int = 1,
     *,
     magnitude: Magnitude,
-    angular: Callable[[Tensor], Tensor],
+    angular: Angular,
     eps: float = 1e-4,
     padding_mode: str = "zeros",
 ) -> Tensor:
@@ -61,29 +63,89 @@ def decoupled_conv2d(
 
     Source: ``f_d(w, x) = h(‖w‖, ‖x‖) · g(θ)``, Liu et al., Decoupled Networks, CVPR 2018, section 3.
     """
+    return respond_to_patches(
+        input,
+        weight,
+        filter_multiplier(magnitude, angular, eps),
+        filter_factor(weight, magnitude, angular, eps),
+        bias,
+        stride,
+        padding,
+        dilation,
+        groups,
+        magnitude=magnitude,
+        angular=angular,
+        eps=eps,
+        padding_mode=padding_mode,
+    )
+
+
+def filter_multiplier(magnitude: Magnitude, angular: Angular, eps: float) -> Multiplier:
+    """Return the function of ``Σ w²`` by which a filter is multiplied before the convolution.
+
+    It is ``1 / ‖w‖``, and with the angular function ``cosine`` times all else that is the same for every patch:
+    ``weighting(‖w‖)``, and ``h(n) / n`` where that does not depend on ``n``.
+    """
+
+    def multiplier(squares: Tensor) -> Tensor:
+        w_norm = (squares + eps).sqrt()
+        if angular is not cosine:
+            return w_norm.reciprocal()
+        constant = magnitude.constant_gain
+        return magnitude.weighting(w_norm) * (1 if constant is None else constant) / w_norm
+
+    return multiplier
+
+
+def filter_factor(weight: Tensor, magnitude: Magnitude, angular: Angular, eps: float) -> Tensor | None:
+    """Return the factor ``weighting(‖w‖)`` of the answer, (K, 1, 1), if it is neither 1 nor in the multiplier."""
+    if angular is cosine or magnitude.weighting is unweighted:
+        return None
+    return magnitude.weighting(filter_norm(_at_least_float32(weight), eps=eps)).squeeze(-1)
+
+
+def respond_to_patches(
+    input: Tensor,
+    weight: Tensor,
+    multiplier: Multiplier | None,
+    factor: Tensor | None,
+    bias: Tensor | None,
+    stride: Pair,
+    padding: Pair | str,
+    dilation: Pair,
+    groups: int,
+    *,
+    magnitude: Magnitude,
+    angular: Angular,
+    eps: float,
+    padding_mode: str,
+) -> Tensor:
+    """Return the answer of :func:`decoupled_conv2d`, given :func:`filter_multiplier` and :func:`filter_factor`.
+
+    Without a multiplier, the filters in ``weight`` are multiplied already.
+    """
     _check_input(input, weight, groups)
-    input = pad(input, weight.shape[-2:], stride, padding, dilation, padding_mode)
+    images = input if input.dim() == 4 else input[None]
+    kernel_size, stride, dilation = tuple(weight.shape[-2:]), _pair(stride), _pair(dilation)
     dot_dtype, result_dtype = _precisions(input, angular)
-    norm_dtype = torch.promote_types(dot_dtype, torch.float32)
     with _no_autocast(input.device.type):
-        n = patch_norm(input, weight.shape[-2:], stride, dilation=dilation, groups=groups, eps=eps)
-        filters_per_group = weight.shape[0] // groups
-        if groups > 1 and filters_per_group > 1:
-            n = n.repeat_interleave(filters_per_group, dim=-3)
-        weight = weight.to(norm_dtype)
-        w_norm = filter_norm(weight, eps=eps)
-        input = input.to(dot_dtype)
-        if angular is cosine:
-            filters = weight * (magnitude.weighting(w_norm) / w_norm)
-            dot = F.conv2d(input, filters.to(dot_dtype), None, stride, 0, dilation, groups)
-            response = dot * magnitude.gain(n)
+        images, margin = pad(images, kernel_size, stride, padding, dilation, padding_mode)
+        weight = _at_least_float32(weight)
+        bias = None if bias is None else bias.to(dot_dtype)
+        geometry = stride, margin, dilation, groups
+        if angular is cosine and magnitude.constant_gain is not None:
+            answer = convolve(images.to(dot_dtype), weight, multiplier, None, bias, *geometry)
         else:
-            dot = F.conv2d(input, weight / w_norm, None, stride, 0, dilation, groups)
-            # In this order the product has the memory format of the convolution.
-            response = angular(dot / n) * magnitude(n, w_norm.squeeze(-1))
-        if bias is not None:
-            response = response + bias.to(response.dtype)[:, None, None]
-        return response.to(result_dtype)
+            images, n = _patch_norm(images, kernel_size, *geometry, eps)
+            images = images.to(dot_dtype)
+            radius = magnitude.effective_radius(n)
+            if angular is cosine and not _is_per_channel(radius):
+                answer = convolve(images, weight, multiplier, magnitude.gain(n, radius), bias, *geometry)
+            else:
+                dot = convolve(images, weight, multiplier, None, None, *geometry)
+                answer = _respond_by_channel(dot, n, radius, factor, bias, groups, magnitude, angular, result_dtype)
+        answer = answer.to(result_dtype)
+    return answer if input.dim() == 4 else answer.squeeze(0)
 
 
 def patch_norm(
@@ -105,13 +167,11 @@ def patch_norm(
     Raises:
         ValueError: negative padding, ``padding="same"`` with a stride, a kernel larger than the padded input.
     """
-    kernel_size, stride_pair, dilation_pair = _pair(kernel_size), _pair(stride), _pair(dilation)
-    input = pad(input, kernel_size, stride, padding, dilation, padding_mode)
-    squares = input.to(torch.promote_types(input.dtype, torch.float32)).square()
-    total = squares.unflatten(-3, (groups, -1)).sum(-3)
-    for dim in (-2, -1):
-        total = _window_sum(total, dim, kernel_size[dim], stride_pair[dim], dilation_pair[dim])
-    return (total + eps).sqrt()
+    kernel_size, stride, dilation = _pair(kernel_size), _pair(stride), _pair(dilation)
+    images = input if input.dim() == 4 else input[None]
+    images, margin = pad(images, kernel_size, stride, padding, dilation, padding_mode)
+    _, n = _patch_norm(images, kernel_size, stride, margin, dilation, groups, eps)
+    return n.squeeze(2) if input.dim() == 4 else n.squeeze(2).squeeze(0)
 
 
 def filter_norm(weight: Tensor, *, eps: float = 1e-4) -> Tensor:
@@ -120,45 +180,107 @@ def filter_norm(weight: Tensor, *, eps: float = 1e-4) -> Tensor:
 
 
 def pad(
-    input: Tensor, kernel_size: Pair, stride: Pair, padding: Pair | str, dilation: Pair, padding_mode: str
-) -> Tensor:
-    """Return ``input`` padded as ``nn.Conv2d`` pads it, so that convolution and norm see the same values.
+    images: Tensor,
+    kernel_size: tuple[int, int],
+    stride: tuple[int, int],
+    padding: Pair | str,
+    dilation: tuple[int, int],
+    padding_mode: str,
+) -> tuple[Tensor, tuple[int, int]]:
+    """Return (N, C, H, W) padded as ``nn.Conv2d`` pads, and the rows and columns of zeros still to be added all round.
+
+    Zeros that are the same on opposite sides are left to the convolution, which needs no copy for them.
 
     Raises:
-        ValueError: an unknown word for ``padding``, negative padding, ``padding="same"`` with a stride.
+        ValueError: an unknown word for ``padding``, negative padding, ``padding="same"`` with a stride, a kernel larger
+            than the padded images.
     """
-    kernel_size, dilation = _pair(kernel_size), _pair(dilation)
+    reaches = [d * (k - 1) for k, d in zip(kernel_size, dilation, strict=True)]
     if padding == "same":
-        if _pair(stride) != (1, 1):
+        if stride != (1, 1):
             raise ValueError(f"padding='same' needs stride 1, got stride={stride}; give the padding as integers")
-        totals = [d * (k - 1) for k, d in zip(kernel_size, dilation, strict=True)]
-        (top, bottom), (left, right) = [(total // 2, total - total // 2) for total in totals]
-    elif padding == "valid":
-        return input
-    elif isinstance(padding, str):
+        (top, bottom), (left, right) = [(reach // 2, reach - reach // 2) for reach in reaches]
+    elif isinstance(padding, str) and padding != "valid":
         raise ValueError(f"unknown padding {padding!r}: choose 'same', 'valid', an integer or a pair of integers")
     else:
-        top, left = bottom, right = _pair(padding)
-    amounts = [left, right, top, bottom]
-    if min(amounts) < 0:
+        top, left = bottom, right = (0, 0) if padding == "valid" else _pair(padding)
+    if min(top, left) < 0:
         raise ValueError(f"padding must not be negative, got {padding}")
-    if not any(amounts):
-        return input
-    return F.pad(input, amounts, mode="constant" if padding_mode == "zeros" else padding_mode)
+    for size, before, after, reach in zip(images.shape[-2:], (top, left), (bottom, right), reaches, strict=True):
+        if size + before + after <= reach:
+            raise ValueError(
+                f"the kernel spans {reach + 1} pixels, but the padded input has {size + before + after}; add padding"
+            )
+    if padding_mode == "zeros" and (top, left) == (bottom, right):
+        return images, (top, left)
+    if not any((top, bottom, left, right)):
+        return images, (0, 0)
+    return F.pad(images, [left, right, top, bottom], "constant" if padding_mode == "zeros" else padding_mode), (0, 0)
+
+
+def _patch_norm(
+    images: Tensor,
+    kernel_size: tuple[int, int],
+    stride: tuple[int, int],
+    margin: tuple[int, int],
+    dilation: tuple[int, int],
+    groups: int,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """Return ``images``, to be used by whatever else needs them, and ``n`` as a map (N, groups, 1, H', W')."""
+    grouped, total = sum_of_squares(group(images, groups))
+    total = F.pad(total, [margin[1], margin[1], margin[0], margin[0]])
+    for dim in (-2, -1):
+        total = _window_sum(total, dim, kernel_size[dim], stride[dim], dilation[dim])
+    return grouped.flatten(1, 2), (total + eps).sqrt()
 
 
 def _window_sum(values: Tensor, dim: int, size: int, stride: int, dilation: int) -> Tensor:
     """Sum ``size`` values, ``dilation`` apart, at every ``stride``-th place along ``dim``."""
-    extent = (size - 1) * dilation + 1
-    if values.shape[dim] < extent:
-        raise ValueError(f"the kernel spans {extent} pixels, but the padded input has {values.shape[dim]}; add padding")
-    count = (values.shape[dim] - extent) // stride + 1
+    count = (values.shape[dim] - (size - 1) * dilation - 1) // stride + 1
     length = (count - 1) * stride + 1
     every = (..., slice(None, None, stride), *[slice(None)] * (-dim - 1))
     total = values.narrow(dim, 0, length)[every]
     for place in range(1, size):
         total = total + values.narrow(dim, place * dilation, length)[every]
     return total
+
+
+def _respond_by_channel(
+    dot: Tensor,
+    n: Tensor,
+    radius: Tensor | float,
+    factor: Tensor | None,
+    bias: Tensor | None,
+    groups: int,
+    magnitude: Magnitude,
+    angular: Angular,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Return the answer to ``dot = ⟨ŵ, x⟩`` where it is not ``dot`` times a map that all filters share."""
+    learned = isinstance(radius, Tensor)
+    if _is_per_channel(radius):
+        radius = group(radius, groups, 0)
+    factor = None if factor is None else group(factor, groups, 0)
+    bias = None if bias is None else group(bias[:, None, None], groups, 0)
+
+    def response(
+        dot: Tensor, n: Tensor, learned_radius: Tensor | None, factor: Tensor | None, bias: Tensor | None
+    ) -> Tensor:
+        gain = magnitude.gain(n, learned_radius if learned else radius)
+        if angular is cosine:
+            answer = dot * gain
+        else:
+            h = gain * n
+            # In this order the product has the memory format of the convolution.
+            answer = angular(dot / n) * (h if factor is None else factor * h)
+        return answer if bias is None else answer + bias
+
+    return respond(response, dtype, group(dot, groups), n, radius if learned else None, factor, bias).flatten(1, 2)
+
+
+def _is_per_channel(radius: Tensor | float) -> bool:
+    return isinstance(radius, Tensor) and radius.dim() > 0
 
 
 def _check_input(input: Tensor, weight: Tensor, groups: int) -> None:
@@ -174,7 +296,7 @@ def _check_input(input: Tensor, weight: Tensor, groups: int) -> None:
         )
 
 
-def _precisions(input: Tensor, angular: Callable[[Tensor], Tensor]) -> tuple[torch.dtype, torch.dtype]:
+def _precisions(input: Tensor, angular: Angular) -> tuple[torch.dtype, torch.dtype]:
     """Return the dtypes of the inner product and of the result."""
     device = input.device.type
     if input.dtype == torch.float64:
@@ -183,6 +305,10 @@ def _precisions(input: Tensor, angular: Callable[[Tensor], Tensor]) -> tuple[tor
     requested = torch.get_autocast_dtype(device) if autocast else input.dtype
     dot = torch.bfloat16 if requested == torch.bfloat16 and angular is cosine else torch.float32
     return dot, torch.float32 if autocast and requested == torch.float16 else requested
+
+
+def _at_least_float32(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _no_autocast(device: str) -> torch.autocast:

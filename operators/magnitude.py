@@ -93,14 +93,22 @@ class Magnitude(nn.Module):
 
     def forward(self, x_norm: Tensor, w_norm: Tensor) -> Tensor:
         """Return ``h(‖w‖, ‖x‖)`` for norms of shapes that broadcast, e.g. (N, 1, H, W) and (K, 1, 1)."""
-        return self.weighting(w_norm) * self.gain(x_norm) * x_norm
+        return self.weighting(w_norm) * self.gain(x_norm, self.effective_radius(x_norm)) * x_norm
 
-    def gain(self, n: Tensor) -> Tensor | float:
-        """Return ``h(n) / n`` before the weighting; in training it moves the running norm, if there is one."""
+    @property
+    def constant_gain(self) -> float | None:
+        """``h(n) / n`` before the weighting where it is the same for every ``n``, else None."""
+        return None
+
+    def gain(self, n: Tensor, radius: Tensor | float) -> Tensor | float:
+        """Return ``h(n) / n`` before the weighting, for the radius that :meth:`effective_radius` gave."""
         raise NotImplementedError
 
     def effective_radius(self, n: Tensor) -> Tensor | float:
-        """Return the radius ``ρ`` in force for patches of norm ``n``."""
+        """Return the radius ``ρ`` for all the patches of a layer, whose norms are ``n``; a scalar or (channels, 1, 1).
+
+        In training it moves the running norm, if there is one.
+        """
         if self.running_norm is not None:
             return (self.radius**2 + RADIUS_FLOOR) * self.running_norm(n)
         if isinstance(self.radius, Tensor):
@@ -113,7 +121,7 @@ class Sphere(Magnitude):
 
     bounded = True
 
-    def gain(self, n: Tensor) -> Tensor:
+    def gain(self, n: Tensor, radius: Tensor | float) -> Tensor:
         return self.alpha / n
 
 
@@ -124,8 +132,8 @@ class Ball(Magnitude):
     smooth = False
     uses_radius = True
 
-    def gain(self, n: Tensor) -> Tensor:
-        return self.alpha / _at_least(n, self.effective_radius(n))
+    def gain(self, n: Tensor, radius: Tensor | float) -> Tensor:
+        return self.alpha / _at_least(n, radius)
 
 
 class Tanh(Magnitude):
@@ -134,14 +142,18 @@ class Tanh(Magnitude):
     bounded = True
     uses_radius = True
 
-    def gain(self, n: Tensor) -> Tensor:
-        return self.alpha * torch.tanh(n / self.effective_radius(n)) / n
+    def gain(self, n: Tensor, radius: Tensor | float) -> Tensor:
+        return self.alpha * torch.tanh(n / radius) / n
 
 
 class Linear(Magnitude):
     """``h(n) = α n`` (LinearConv in the paper)."""
 
-    def gain(self, n: Tensor) -> float:
+    @property
+    def constant_gain(self) -> float:
+        return self.alpha
+
+    def gain(self, n: Tensor, radius: Tensor | float) -> float:
         return self.alpha
 
 
@@ -151,22 +163,21 @@ class Seg(Magnitude):
     smooth = False
     uses_radius = True
 
-    def gain(self, n: Tensor) -> Tensor:
-        radius = self.effective_radius(n)
+    def gain(self, n: Tensor, radius: Tensor | float) -> Tensor:
         return self.beta + (self.alpha - self.beta) * radius / _at_least(n, radius)
 
 
 class Log(Magnitude):
     """``h(n) = α log(1 + n)`` (LogConv in the paper)."""
 
-    def gain(self, n: Tensor) -> Tensor:
+    def gain(self, n: Tensor, radius: Tensor | float) -> Tensor:
         return self.alpha * torch.log1p(n) / n
 
 
 class Mix(Magnitude):
     """``h(n) = α n + β log(1 + n)`` (MixConv in the paper)."""
 
-    def gain(self, n: Tensor) -> Tensor:
+    def gain(self, n: Tensor, radius: Tensor | float) -> Tensor:
         return self.alpha + self.beta * torch.log1p(n) / n
 
 

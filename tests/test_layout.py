@@ -16,6 +16,7 @@ RANKS = {
     "operators/running_norm.py": 0,
     "operators/magnitude.py": 1,
     "operators/angular.py": 1,
+    "operators/fused.py": 1,
     "operators/functional.py": 2,
     "operators/conv.py": 3,
     "operators/convert.py": 4,
