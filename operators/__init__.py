@@ -3,6 +3,7 @@
 from operators.angular import ANGULARS
 from operators.conv import DecoupledConv2d, OperatorConfig
 from operators.convert import ConversionReport, convert_decoupled, revert
+from operators.fold import FoldReport, fold
 from operators.functional import decoupled_conv2d, filter_norm, patch_norm
 from operators.magnitude import MAGNITUDES, RADIUS_MODES, WEIGHTINGS
 
@@ -13,10 +14,12 @@ __all__ = [
     "WEIGHTINGS",
     "ConversionReport",
     "DecoupledConv2d",
+    "FoldReport",
     "OperatorConfig",
     "convert_decoupled",
     "decoupled_conv2d",
     "filter_norm",
+    "fold",
     "patch_norm",
     "revert",
 ]

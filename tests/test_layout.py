@@ -20,6 +20,7 @@ RANKS = {
     "operators/functional.py": 2,
     "operators/conv.py": 3,
     "operators/convert.py": 4,
+    "operators/fold.py": 4,
     "operators/__init__.py": 5,
     "zoo/architectures/network.py": 6,
     "zoo/architectures/cnn.py": 6.1,
