@@ -2,12 +2,14 @@
 
 import hashlib
 import json
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
+from PIL import Image
 
 import zoo
 from zoo.checkpoints import PRETRAINED
@@ -235,6 +237,16 @@ def test_missing_files_are_named(folder, tmp_path):
     (folder / "config.json").unlink()
     with pytest.raises(zoo.CheckpointError, match="config.json is missing: .* is no checkpoint folder"):
         zoo.load(folder)
+
+
+def test_the_code_of_the_card_runs(folder, tmp_path, monkeypatch):
+    shutil.copytree(folder, tmp_path / "path/to" / NAME)
+    Image.new("L", (20, 30)).save(tmp_path / "image.png")
+    monkeypatch.chdir(tmp_path)
+    (code,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    names = {}
+    exec(code, names)
+    assert names["probabilities"].shape == (10,)
 
 
 def test_an_unknown_name_lists_the_legal_ones_and_the_nearest():

@@ -16,6 +16,7 @@ import train
 import zoo
 from benchmarks import layers
 from operators import ANGULARS, MAGNITUDES, DecoupledConv2d
+from zoo import __main__ as command_line
 from zoo.cards import markdown_table
 from zoo.checkpoints import PRETRAINED, read_config
 from zoo.cli import TRAINER_DEFAULTS
@@ -61,12 +62,15 @@ def test_the_fine_tuning_commands_run(tmp_path, monkeypatch, capsys):
     write_digits(tmp_path / "my_photos/train", 60)
     write_digits(tmp_path / "my_photos/val", 30)
     for command in commands.strip().splitlines():
-        python, *words = shlex.split(command.replace("configs/", f"{ROOT}/configs/"))
-        assert python == "python" and words[0] == "train.py"
-        monkeypatch.setattr(sys, "argv", words + (["--trainer.max_epochs=1"] if words[1] == "fit" else []))
+        words = shlex.split(command.replace("configs/", f"{ROOT}/configs/"))
+        program = 3 if words[:3] == ["python", "-m", "zoo"] else 2
+        assert program == 3 or words[:2] == ["python", "train.py"]
+        short = ["--trainer.max_epochs=1"] if words[2] == "fit" else []
+        monkeypatch.setattr(sys, "argv", [*words[program - 1 :], *short])
         monkeypatch.setitem(TRAINER_DEFAULTS, "callbacks", [RichProgressBar()])
-        train.main()
+        (command_line if program == 3 else train).main()
     assert "20 of 30 images" in capsys.readouterr().out
+    assert zoo.load("outputs/photos_cnn6_tanh_cosine").spec.in_chans == 3
 
 
 def test_the_commands_exist():
