@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ import train
 import zoo
 from zoo import __main__ as command_line
 from zoo.checkpoints import PRETRAINED
+from zoo.classifier import Classifier
 from zoo.cli import TRAINER_DEFAULTS
 from zoo.data import DATA
 
@@ -35,8 +37,11 @@ pytestmark = [
 
 
 @pytest.fixture
-def run(monkeypatch, capsys, tmp_path):
-    """Run ``train.py`` or ``python -m zoo`` in this process and folder; return exit status and what was printed."""
+def run(monkeypatch, capsys, caplog, tmp_path):
+    """Run ``train.py`` or ``python -m zoo`` in this process and folder; return exit status and what was printed.
+
+    ``run.told()`` returns what the last run told by Lightning's logger.
+    """
     monkeypatch.chdir(tmp_path)
 
     def run_main(*words, main=train.main):
@@ -44,6 +49,7 @@ def run(monkeypatch, capsys, tmp_path):
         # The bar is made anew, for a bar belongs to one trainer.
         monkeypatch.setitem(TRAINER_DEFAULTS, "callbacks", [RichProgressBar()])
         capsys.readouterr()
+        caplog.clear()
         status = 0
         try:
             main()
@@ -52,6 +58,7 @@ def run(monkeypatch, capsys, tmp_path):
         printed = capsys.readouterr()
         return status, printed.out, printed.err
 
+    run_main.told = lambda: caplog.text
     return run_main
 
 
@@ -121,6 +128,42 @@ def test_a_run_goes_on_to_its_own_last_epoch(run):
     assert status == 0, errors
     saved = torch.load(path, weights_only=True)
     assert saved["epoch"] == 1 and saved["decoupled_zoo"]["trainer"] == {"max_epochs": 2}
+
+
+def test_a_run_that_has_ended_is_told_to_be_one(run):
+    path = fit(run)
+    before = torch.load(path, weights_only=True)["global_step"]
+    status, _, _ = run("fit", *SHORT[2:], "--ckpt_path", path)
+    assert status == 0 and torch.load(path, weights_only=True)["global_step"] == before
+    assert f"nothing was trained: {path} is of a run that had ended, after 1 epochs; to train on" in run.told()
+    run("fit", *SHORT[2:], "--ckpt_path", path, "--trainer.max_epochs=2")
+    assert "nothing was trained" not in run.told()
+
+
+@pytest.mark.parametrize(
+    ("step", "told"),
+    [
+        (1, "nothing is kept: last.ckpt is written at the end of each epoch, and none has ended"),
+        (3, "run/last.ckpt holds the last whole epoch; to go on: python train.py fit --ckpt_path run/last.ckpt"),
+    ],
+)
+def test_control_c_tells_how_to_go_on(run, monkeypatch, step, told):
+    def interrupted(self, batch, batch_index):
+        if self.global_step == step:
+            raise KeyboardInterrupt
+        return training_step(self, batch, batch_index)
+
+    training_step = Classifier.training_step
+    monkeypatch.setattr(Classifier, "training_step", interrupted)
+    # Lightning lets further Ctrl-C pass while it shuts down.
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    status, _, _ = run("fit", *SHORT, "--trainer.max_epochs=2", "--checkpoint.dirpath=run")
+    assert status == 130 and told in run.told() and Path("run/last.ckpt").exists() == (step == 3)
+
+
+def test_control_c_ends_other_commands_without_a_stack_trace(run, monkeypatch):
+    monkeypatch.setattr("zoo.verify", lambda *_: signal.raise_signal(signal.SIGINT))
+    assert run("verify", main=command_line.main) == (130, "", "")
 
 
 def test_a_folder_with_another_run_is_left_alone(run):
@@ -200,6 +243,10 @@ def test_fine_tuning_on_photographs_then_predicting_without_them(run, monkeypatc
     config = json.loads(Path(name, "config.json").read_text())
     assert [metric["split"] for metric in config["metrics"]] == ["val"] and config["in_chans"] == 3
     assert "root" not in config["training"]["data"]["arguments"]
+    status, _, errors = run("verify", "--accuracy", f"./{name}", main=command_line.main)
+    assert (
+        status == 1 and "error: no folder is recorded for the images (ImageFolder): name it (--root FOLDER)" in errors
+    )
     assert run("verify", "--accuracy", "--root=gone", f"./{name}", "digits_cnn6_conv", main=command_line.main)[0] == 0
 
 
@@ -259,9 +306,21 @@ def test_the_demo_writes_its_picture(run, name):
         assert picture.width > 1000 and len(set(picture.convert("L").tobytes())) > 50
 
 
+@pytest.mark.parametrize("other", [{"in_chans": 3}, {"input_size": 16}, {"num_classes": 3}], ids=str)
+def test_the_demo_refuses_a_checkpoint_of_other_images_than_digits(run, monkeypatch, other):
+    monkeypatch.setattr("zoo.data.load_digits", lambda: pytest.fail("the digits are read"))
+    zoo.save(zoo.build("cnn6", **{"in_chans": 1, "input_size": 8, **other}), "photos_cnn6_conv")
+    status, _, errors = run("demo", "photos_cnn6_conv", main=command_line.main)
+    assert status == 1 and "predict --model.pretrained photos_cnn6_conv --data.predict FOLDER" in errors
+
+
 WRONG = {
     "subcommand": ("fitt", "invalid choice: 'fitt' (choose from"),
-    "option": ("fit --bogus 3", "--bogus"),
+    "option": ("fit --bogus 3", "unknown option '--bogus'"),
+    "misspelt option": ("fit --trainer.max_epoch=1", "'--trainer.max_epoch'. Did you mean '--trainer.max_epochs'?"),
+    "abbreviation": ("fit --model.learning_rat 1", "Did you mean '--model.learning_rate'? Choose one of: --model.arch"),
+    "group": ("fit --modle.operator conv", "Did you mean '--model.operator'? Choose one of: --checkpoint, --ckpt"),
+    "setting": ("fit --data.batch_siz 3", "unknown setting (--data) of Digits 'batch_siz'. Did you mean 'batch_size'?"),
     "data": ("fit --data Digitss", "unknown data set 'Digitss'. Did you mean 'Digits'?"),
     "operator": ("fit --model.operator tanh_cosin", "unknown operator 'tanh_cosin'. Did you mean 'tanh_cosine'?"),
     "architecture": ("fit --model.architecture cnn10", "unknown architecture 'cnn10'. Did you mean 'cnn"),
@@ -276,6 +335,11 @@ WRONG = {
     "folder": ("fit --data ImageFolder --data.root nowhere", "no folder nowhere/train"),
     "untrained": ("test", "test needs a trained network: --ckpt_path"),
     "checkpoint": ("test --ckpt_path nowhere.ckpt", "no Lightning checkpoint nowhere.ckpt"),
+    "checkpoint folder": ("test --ckpt_path digits_cnn6_conv", "zoo: leave out --ckpt_path and start from it with --m"),
+    "size": (
+        "fit --model.architecture vit_tiny_patch16_224 --model.operator conv",
+        "for images of 224×224 pixels, can",
+    ),
     "pretrained": ("predict --model.pretrained digits_cnn6", "unknown checkpoint 'digits_cnn6'. Did you mean"),
     "devices": (
         "predict --model.pretrained digits_cnn6_conv --trainer.devices 2 --trainer.strategy ddp_spawn",
@@ -292,6 +356,23 @@ def test_wrong_input_gets_one_clear_message(run, words, message):
     last = errors[errors.rindex("error: ") :]
     assert message in last and "Traceback" not in errors and "NoneType" not in errors
     assert not list(Path().rglob("*.ckpt"))
+
+
+def test_a_folder_or_file_of_the_other_kind_is_told(run):
+    path = fit(run)
+    status, _, errors = run("test", "--ckpt_path", "run")
+    assert status == 1 and "it is a folder: name the file in it, run/last.ckpt" in errors
+    shutil.copytree(PRETRAINED / "digits_cnn6_conv", "mine")
+    status, _, errors = run("test", "--ckpt_path", "mine")
+    assert status == 1 and "it is a checkpoint of the zoo: leave out --ckpt_path and start from it with" in errors
+    status, _, errors = run("predict", "--model.pretrained", path)
+    assert status == 1 and "last.ckpt is a file, but a checkpoint is a folder; python -m zoo export makes" in errors
+
+
+@pytest.mark.parametrize("words", ["verify --accurcy", "verify --acc"])
+def test_misspelt_options_of_the_zoo_are_told(run, words):
+    status, _, errors = run(*words.split(), main=command_line.main)
+    assert status == 1 and "Did you mean '--accuracy'? Choose one of: --accuracy, --root." in errors
 
 
 def test_corrupt_and_missing_images_are_named(run):
@@ -329,3 +410,10 @@ def test_help_shows_the_data_sets_and_settings(run):
     for words in ("--model.architecture", "--data", "--checkpoint.dirpath", "--predictions.output", "--trainer."):
         assert words in printed
     assert all(f"zoo.data.{name}" in printed for name in DATA)
+
+
+@pytest.mark.parametrize("subcommand", [[], ["fit"], ["predict"]])
+def test_help_is_plain_text(run, subcommand):
+    for main in (train.main, command_line.main):
+        _, printed, _ = run(*(subcommand if main is train.main else []), "--help", main=main)
+        assert "usage: " in printed and "`" not in printed and ":class:" not in printed

@@ -1,7 +1,9 @@
-"""``python -m zoo``: list, verify, describe and export checkpoints, show one at work, draw the operators."""
+"""List, verify, describe and export checkpoints, show one at work, draw the operators."""
 
 import argparse
+import functools
 import inspect
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,12 +13,12 @@ from rich.console import Console
 from rich.table import Table
 
 import zoo
-from operators.lookup import look_up
+from operators.lookup import look_up, unknown_name
 from zoo.cards import markdown_table, model_card
 from zoo.checkpoints import CARD, PRETRAINED, read_config
 from zoo.classifier import read_lightning_checkpoint, read_record
 from zoo.cli import readable_errors
-from zoo.data import DATA, ImageData, build_data
+from zoo.data import DATA, Digits, ImageData
 from zoo.models import ModelSpec
 from zoo.plots import plot_operators, plot_predictions
 
@@ -28,7 +30,8 @@ MACHINE_ARGUMENTS = ("root", "predict", "download", "num_workers", "memory_limit
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m zoo", description=__doc__)
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    exact = functools.partial(argparse.ArgumentParser, allow_abbrev=False)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=exact)
 
     command = commands.add_parser("list", help="show the embedded checkpoints and what was measured")
     command.add_argument("--markdown", action="store_true", help="print the table of the README")
@@ -53,7 +56,7 @@ def main() -> None:
     command.set_defaults(function=export)
 
     command = commands.add_parser("demo", help="load a Digits checkpoint by torch.hub and classify held-out digits")
-    command.add_argument("folder", help="a checkpoint folder or name")
+    command.add_argument("folder", help="a checkpoint folder or name, trained on Digits")
     command.add_argument("--output", type=Path, default=Path("outputs/demo.png"), help="the picture")
     command.set_defaults(function=demo)
 
@@ -61,8 +64,12 @@ def main() -> None:
     command.add_argument("--output", type=Path, default=Path("outputs/operators.png"), help="the picture")
     command.set_defaults(function=curves)
 
-    arguments = parser.parse_args()
+    for command in commands.choices.values():
+        command.set_defaults(legal=re.findall(r"--\w+", command.format_usage()))
     with readable_errors():
+        arguments, unknown = parser.parse_known_args()
+        if unknown:
+            raise ValueError(unknown_name("argument", unknown[0], arguments.legal))
         arguments.function(arguments)
 
 
@@ -137,7 +144,14 @@ def export(arguments: argparse.Namespace) -> None:
 
 def demo(arguments: argparse.Namespace) -> None:
     model = torch.hub.load(str(ROOT), "checkpoint", arguments.folder, source="local")
-    data = build_data("Digits")
+    held, wanted = ((kind.in_chans, kind.input_size, list(kind.class_names)) for kind in (model.spec, Digits))
+    if held != wanted:
+        raise ValueError(
+            f"demo classifies scikit-learn's digits, grey and 8×8; {arguments.folder} takes {held[0]} channels and "
+            f"{held[1]}×{held[1]} pixels, and knows {len(held[2])} classes. For images of its own kind: "
+            f"python train.py predict --model.pretrained {arguments.folder} --data.predict FOLDER"
+        )
+    data = Digits()
     images, labels = next(iter(data.evaluation_batches("test")))
     images, labels = images[:24], labels[:24]
     with torch.inference_mode():
@@ -162,8 +176,11 @@ def curves(arguments: argparse.Namespace) -> None:
 def _data(record: dict[str, Any], root: str | None) -> ImageData:
     arguments = dict(record["arguments"])
     kind = look_up(DATA, record["name"], "data set")
-    if root is not None and "root" in inspect.signature(kind).parameters:
+    parameter = inspect.signature(kind).parameters.get("root")
+    if root is not None and parameter:
         arguments["root"] = root
+    if parameter and parameter.default is parameter.empty and "root" not in arguments:
+        raise ValueError(f"no folder is recorded for the images ({record['name']}): name it (--root FOLDER)")
     return kind(**arguments)
 
 

@@ -1,6 +1,8 @@
 """Callbacks: the authors' optional training tricks, the last checkpoint, and the table of predictions."""
 
 import csv
+import os
+import shlex
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -8,6 +10,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import BasePredictionWriter, Callback, Checkpoint, ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_info
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -57,19 +60,36 @@ class WeightedGradients(Callback):
 
 
 class LastCheckpoint(Checkpoint):
-    """Save every epoch's end as last.ckpt, beside the best epoch that ``ModelCheckpoint`` keeps.
+    """Save every epoch's end as last.ckpt, beside the best epoch, and say after Ctrl-C how to go on with it.
 
     ``ModelCheckpoint(save_last=True)`` writes last.ckpt only when it writes the best one too (Lightning 2.6).
     """
 
     def on_train_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if not trainer.fast_dev_run:
-            folder = next(callback.dirpath for callback in trainer.callbacks if isinstance(callback, ModelCheckpoint))
-            trainer.save_checkpoint(Path(folder) / "last.ckpt", weights_only=False)
+            trainer.save_checkpoint(Path(self._folder(trainer)) / "last.ckpt", weights_only=False)
+
+    def on_exception(self, trainer: L.Trainer, module: L.LightningModule, exception: BaseException) -> None:
+        if trainer.state.fn != "fit" or not isinstance(exception, KeyboardInterrupt):
+            return
+        folder = self._folder(trainer)
+        last = Path(os.path.relpath(folder)) / "last.ckpt" if folder else None
+        if last and last.exists():
+            command = shlex.join(["python", "train.py", "fit", "--ckpt_path", str(last)])
+            rank_zero_info(
+                f"{last} holds the last whole epoch; to go on: {command} (and the same --config and --trainer options, "
+                "if there were any)"
+            )
+        else:
+            rank_zero_info("nothing is kept: last.ckpt is written at the end of each epoch, and none has ended")
+
+    def _folder(self, trainer: L.Trainer) -> str | None:
+        """Return where ``ModelCheckpoint`` writes; None as long as it does not know itself."""
+        return next(callback.dirpath for callback in trainer.callbacks if isinstance(callback, ModelCheckpoint))
 
 
 class PredictionTable(BasePredictionWriter):
-    """Show the predicted classes of ``python train.py predict`` as a table, and write them all as CSV.
+    """Show the predicted classes as a table, and write them all as CSV.
 
     Args:
         output: the CSV file (columns: image, then class and probability of the likeliest classes); none by default.

@@ -229,6 +229,11 @@ def find(where: str | os.PathLike[str]) -> Path:
         return PRETRAINED / name
     if Path(name).is_dir():
         return Path(name)
+    if Path(name).is_file():
+        raise ValueError(
+            f"{name} is a file, but a checkpoint is a folder; python -m zoo export makes one of a Lightning checkpoint "
+            "(best.ckpt, last.ckpt)"
+        )
     hint = ""
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         hint = f" If it is a Hub repository, fetch its folder first: hf download {name} --local-dir FOLDER."
@@ -245,7 +250,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise CheckpointError(f"{path} is missing: {folder} is no checkpoint folder; zoo.save writes one") from error
+        raise CheckpointError(
+            f"{path} is missing: {folder} is no checkpoint folder; python -m zoo export or zoo.save writes one"
+        ) from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path} is not JSON ({error}); fetch the checkpoint again") from error
     if not isinstance(config, dict) or config.get("schema") != SCHEMA:

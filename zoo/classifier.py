@@ -22,7 +22,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from operators import DecoupledConv2d, filter_norm
 from zoo.callbacks import decoupled_layers
-from zoo.checkpoints import load
+from zoo.checkpoints import CONFIG, list_checkpoints, load
 from zoo.data import ImageData
 from zoo.models import PLAIN, ImageModel, ModelSpec, build, check_input_size
 
@@ -83,6 +83,7 @@ class Classifier(L.LightningModule):
         self.save_hyperparameters()
         self.model: ImageModel | None = None
         self.commands: list[str] = []
+        self.resumed_step: int | None = None
 
     def setup(self, stage: str) -> None:
         data = self._data()
@@ -183,6 +184,7 @@ class Classifier(L.LightningModule):
         if stage == "fit":
             self._check_optimizer(record["model"])
             self.commands = [record["training"]["command"]]
+            self.resumed_step = checkpoint["global_step"]
         # Built again, for the checkpoint's normalisation is part of its spec and not among its weights.
         self._set_model(spec.build())
 
@@ -271,7 +273,7 @@ def read_lightning_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
         ValueError: the file is damaged or was not written by ``Classifier``.
     """
     if not Path(path).is_file():
-        raise FileNotFoundError(f"no Lightning checkpoint {path}; train.py fit writes best.ckpt and last.ckpt")
+        raise FileNotFoundError(f"no Lightning checkpoint {path}; {_meant_instead(Path(path))}")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, KeyError, OSError, pickle.UnpicklingError) as error:
@@ -281,6 +283,14 @@ def read_lightning_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
         ) from error
     read_record(checkpoint, path)
     return checkpoint
+
+
+def _meant_instead(path: Path) -> str:
+    if str(path) in list_checkpoints() or (path / CONFIG).is_file():
+        return f"it is a checkpoint of the zoo: leave out --ckpt_path and start from it with --model.pretrained {path}"
+    if (path / "last.ckpt").is_file():
+        return f"it is a folder: name the file in it, {path / 'last.ckpt'}"
+    return "train.py fit writes best.ckpt and last.ckpt"
 
 
 def read_record(checkpoint: dict[str, Any], path: str | os.PathLike[str] = "the checkpoint") -> dict[str, Any]:

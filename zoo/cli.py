@@ -2,15 +2,17 @@
 
 import argparse
 import contextlib
+import inspect
 import json
 import logging
 import os
 import re
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+from jsonargparse import DefaultHelpFormatter, Namespace
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_info
@@ -26,6 +28,9 @@ logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda reco
 warnings.filterwarnings("ignore", message=".*LeafSpec", module="lightning")
 
 CURABLE = (argparse.ArgumentError, ValueError, TypeError, OSError, FloatingPointError, MisconfigurationException)
+
+# What a shell gives a program that Ctrl-C has stopped: 128 and the signal's number.
+INTERRUPTED = 130
 
 TRAINER_DEFAULTS = {
     "max_epochs": 40,
@@ -78,10 +83,21 @@ class ZooCLI(LightningCLI):
         except argparse.ArgumentError as error:
             if unknown := re.search(r"Expected a dot import path string: (\S+)", str(error)):
                 raise ValueError(unknown_name("data set", unknown[1], DATA)) from error
+            if unknown := re.search(r"class_path '[\w.]*?(\w+)':\s+Option '(\w+)' is not accepted", str(error)):
+                legal = inspect.signature(look_up(DATA, unknown[1], "data set")).parameters
+                raise ValueError(unknown_name(f"setting (--data) of {unknown[1]}", unknown[2], legal)) from error
+            if unknown := re.search(r"unrecognized arguments: (--[^\s=]+)", str(error)):
+                known = parser.parse_args([*arguments[:subcommand], *settings])[arguments[subcommand - 1]]
+                raise ValueError(unknown_option(unknown[1], options(known))) from error
             raise
         self.asked = self.config.clone()
 
     def after_fit(self) -> None:
+        if self.trainer.global_step == self.model.resumed_step:
+            rank_zero_info(
+                f"nothing was trained: {self.config.fit.ckpt_path} is of a run that had ended, after "
+                f"{self.trainer.current_epoch} epochs; to train on, give it more (--trainer.max_epochs)"
+            )
         checkpoint = self.trainer.checkpoint_callback
         if checkpoint.best_model_path:
             rank_zero_info(
@@ -115,6 +131,27 @@ class ZooCLI(LightningCLI):
             raise ValueError("predict runs on one device, for each would write a table of its own: --trainer.devices 1")
 
 
+def options(settings: Namespace) -> list[str]:
+    """Return the options of the command line that set these settings; those of the data are the data set's."""
+    return [f"--{name.replace('.init_args.', '.')}" for name in settings.keys() if "logger." not in name]
+
+
+def unknown_option(option: str, legal: Iterable[str]) -> str:
+    """Say which option is nearest, and list those of the same group, e.g. of ``--model``."""
+    group, legal = option.rpartition(".")[0], set(legal)
+    nearby = {name for name in legal if name.rpartition(".")[0] == group}
+    # Of an unknown group, the groups are listed.
+    nearby = nearby or {name.partition(".")[0] for name in legal}
+    return unknown_name("option", option, nearby, unlisted=legal - nearby)
+
+
+class PlainHelp(DefaultHelpFormatter):
+    """Help without the markup of the docstrings that it is made of."""
+
+    def format_help(self) -> str:
+        return re.sub(r"(?::[a-z]+:)?`{1,2}~?([^`]+?)`{1,2}", r"\1", super().format_help())
+
+
 def checkpoint_settings(arguments: Sequence[str]) -> list[str]:
     """Return options for the network, the data and the folder of the ``--ckpt_path`` among ``arguments``."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -145,7 +182,10 @@ def checkpoint_settings(arguments: Sequence[str]) -> list[str]:
 
 @contextlib.contextmanager
 def readable_errors() -> Iterator[None]:
-    """Turn errors that a person can cure into one message and exit status 1; ``ZOO_TRACEBACK=1`` shows the stack."""
+    """Turn errors that a person can cure into one message and exit status 1, and Ctrl-C into exit status 130.
+
+    ``ZOO_TRACEBACK=1`` shows the stack.
+    """
     try:
         yield
     except CURABLE as error:
@@ -153,6 +193,13 @@ def readable_errors() -> Iterator[None]:
             raise
         print(f"error: {shortened(str(error))}", file=sys.stderr)
         sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
+    except SystemExit as error:
+        # Lightning makes exit status 1 of Ctrl-C.
+        if isinstance(error.__context__, KeyboardInterrupt):
+            sys.exit(INTERRUPTED)
+        raise
 
 
 def shortened(message: str) -> str:

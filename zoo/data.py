@@ -146,7 +146,7 @@ class ImageData(L.LightningDataModule, abc.ABC):
         val_fraction: share of the training images held out for validation.
         augment: of training images: "none", "crop" (random shift) or "crop_flip" (and mirroring); ``default_augment``
             by default.
-        predict: image file or folder for ``predict``; the test images by default.
+        predict: image file or folder for predict; the test images by default.
 
     Raises:
         ValueError: a number outside its range, an unknown ``augment``, or no image under ``predict``.
@@ -313,7 +313,7 @@ class Digits(ImageData):
         batch_size: images a batch (and a device).
         val_fraction: share of the training images held out for validation, in (0, 0.5].
         augment: of training images: "none", "crop" (random shift) or "crop_flip" (and mirroring); "crop" by default.
-        predict: image file or folder for ``predict``; the test images by default.
+        predict: image file or folder for predict; the test images by default.
     """
 
     class_names = [str(digit) for digit in range(10)]
@@ -357,7 +357,7 @@ class TorchvisionData(ImageData):
         augment: of training images: "none", "crop" (random shift) or "crop_flip" (and mirroring); "crop" for MNIST and
             "crop_flip" for CIFAR by default.
         download: whether to download the data set into ``root`` if it is not there.
-        predict: image file or folder for ``predict``; the test images by default.
+        predict: image file or folder for predict; the test images by default.
 
     Raises:
         FileNotFoundError: from reading a split whose files are missing, damaged or cannot be downloaded.
@@ -481,7 +481,7 @@ class ImageFolder(ImageData):
             default.
         num_workers: processes that read images, for a split too large for memory.
         memory_limit_mb: a split of more MiB than this, once decoded, is read from disk batch by batch.
-        predict: image file or folder for ``predict``; the test images by default.
+        predict: image file or folder for predict; the test images by default.
 
     Raises:
         FileNotFoundError: no train folder.
