@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from operators.angular import cosine
-from operators.fused import Multiplier, convolve, group, respond, sum_of_squares
+from operators.angular import HOMOGENEOUS, cosine
+from operators.fused import Multiplier, convolve, group, respond, respond_homogeneously, sum_of_squares
 from operators.magnitude import Magnitude, unweighted
 
 Angular = Callable[[Tensor], Tensor]
@@ -139,11 +139,18 @@ def respond_to_patches(
             images, n = _patch_norm(images, kernel_size, *geometry, eps)
             images = images.to(dot_dtype)
             radius = magnitude.effective_radius(n)
-            if angular is cosine and not _is_per_channel(radius):
+            by_channel = factor is not None or (isinstance(radius, Tensor) and radius.dim() > 0)
+            if angular is cosine and not by_channel:
                 answer = convolve(images, weight, multiplier, magnitude.gain(n, radius), bias, *geometry)
             else:
-                dot = convolve(images, weight, multiplier, None, None, *geometry)
-                answer = _respond_by_channel(dot, n, radius, factor, bias, groups, magnitude, angular, result_dtype)
+                dot = group(convolve(images, weight, multiplier, None, None, *geometry), groups)
+                bias = None if bias is None else group(bias[:, None, None], groups, 0)
+                if angular in HOMOGENEOUS and not by_channel:
+                    h = _homogeneous_gain(magnitude.gain(n, radius), n, angular)
+                    answer = respond_homogeneously(dot, h, bias, *HOMOGENEOUS[angular])
+                else:
+                    answer = _respond_by_channel(dot, n, radius, factor, bias, magnitude, angular, result_dtype)
+                answer = answer.flatten(1, 2)
         answer = answer.to(result_dtype)
     return answer if input.dim() == 4 else answer.squeeze(0)
 
@@ -252,35 +259,37 @@ def _respond_by_channel(
     radius: Tensor | float,
     factor: Tensor | None,
     bias: Tensor | None,
-    groups: int,
     magnitude: Magnitude,
     angular: Angular,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Return the answer to ``dot = ⟨ŵ, x⟩`` where it is not ``dot`` times a map that all filters share."""
+    """Return the answer to ``dot = ⟨ŵ, x⟩``, (N, groups, K / groups, H', W'), whatever the operator."""
+    groups = dot.shape[1]
     learned = isinstance(radius, Tensor)
-    if _is_per_channel(radius):
+    if learned and radius.dim() > 0:
         radius = group(radius, groups, 0)
     factor = None if factor is None else group(factor, groups, 0)
-    bias = None if bias is None else group(bias[:, None, None], groups, 0)
 
     def response(
         dot: Tensor, n: Tensor, learned_radius: Tensor | None, factor: Tensor | None, bias: Tensor | None
     ) -> Tensor:
         gain = magnitude.gain(n, learned_radius if learned else radius)
-        if angular is cosine:
-            answer = dot * gain
+        if angular in HOMOGENEOUS:
+            values, h = angular(dot), _homogeneous_gain(gain, n, angular)
         else:
-            h = gain * n
-            # In this order the product has the memory format of the convolution.
-            answer = angular(dot / n) * (h if factor is None else factor * h)
+            values, h = angular(dot / n), gain * n
+        # In this order the product has the memory format of the convolution.
+        answer = values * (h if factor is None else factor * h)
         return answer if bias is None else answer + bias
 
-    return respond(response, dtype, group(dot, groups), n, radius if learned else None, factor, bias).flatten(1, 2)
+    return respond(response, dtype, dot, n, radius if learned else None, factor, bias)
 
 
-def _is_per_channel(radius: Tensor | float) -> bool:
-    return isinstance(radius, Tensor) and radius.dim() > 0
+def _homogeneous_gain(gain: Tensor | float, n: Tensor, angular: Angular) -> Tensor | float:
+    """Return ``h(n) / n^p`` for the degree ``p`` of the angular function and ``gain = h(n) / n``."""
+    for _ in range(HOMOGENEOUS[angular].degree - 1):
+        gain = gain / n
+    return gain
 
 
 def _check_input(input: Tensor, weight: Tensor, groups: int) -> None:

@@ -23,8 +23,11 @@ Pair = tuple[int, int]
 Geometry = tuple[Pair, Pair, Pair, int]
 Multiplier = Callable[[Tensor], Tensor]
 
-# Elements of a band: few enough for the cache of one core, enough to keep several cores busy.
+# Elements of a band for each thread: few enough for the cache of a core, enough to be worth the calls.
 BAND = 1 << 17
+
+# The dimension of the rows in (N, G, C / G, H, W).
+ROWS = 3
 
 
 def group(tensor: Tensor, groups: int, dim: int = 1) -> Tensor:
@@ -67,8 +70,10 @@ def convolve(
     if gain is not None and pointwise and input.shape[1] < weight.shape[0]:
         # A convolution of single pixels commutes with the scaling, and its input is the smaller of the two.
         input, gain = scale(group(input, groups), gain).flatten(1, 2), None
-    function = _Convolution.apply if _eager() else _convolution
-    return function(input, weight, gain, bias, multiplier, (stride, padding, dilation, groups))
+    geometry = stride, padding, dilation, groups
+    if _eager():
+        return _Convolution.apply(input, weight, gain, bias, multiplier, geometry, torch.is_grad_enabled())
+    return _convolution(input, weight, gain, bias, multiplier, geometry)
 
 
 def respond(
@@ -81,9 +86,28 @@ def respond(
         norm: a map.
         constants: tensors without batch, height and width, which ``response`` gets whole.
     """
+    if not _eager():
+        return response(dot, norm, *constants).to(dtype)
+    if dot.stride(2) != 1:
+        return _Response.apply(response, dtype, ROWS, torch.is_grad_enabled(), dot, norm, *constants)
+    # What is computed of map and constants alone has its channels innermost only if they are the last dimensions.
+    dot, norm = (tensor.movedim((1, 2), (-2, -1)) for tensor in (dot, norm))
+    constants = tuple(
+        tensor.movedim((0, 1), (-2, -1)) if tensor is not None and tensor.dim() else tensor for tensor in constants
+    )
+    answer = _Response.apply(response, dtype, 1, torch.is_grad_enabled(), dot, norm, *constants)
+    return answer.movedim((-2, -1), (1, 2))
+
+
+def respond_homogeneously(
+    dot: Tensor, gain: Tensor, bias: Tensor | None, degree: int, ratio: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """Return ``dot · ratio(dot) · gain + bias`` with a map ``gain``; the derivative of ``c · ratio(c)`` is its degree
+    times the ratio.
+    """
     if _eager():
-        return _Response.apply(response, dtype, dot, norm, *constants)
-    return response(dot, norm, *constants).to(dtype)
+        return _HomogeneousResponse.apply(dot, gain, bias, degree, ratio, torch.is_grad_enabled())
+    return _homogeneous_response(dot, gain, bias, degree, ratio)
 
 
 class _SumOfSquares(Function):
@@ -132,14 +156,17 @@ class _Convolution(Function):
         bias: Tensor | None,
         multiplier: Multiplier | None,
         geometry: Geometry,
+        grad_enabled: bool,
     ) -> Tensor:
         squares = None if multiplier is None else _squares(weight, (1, 2, 3))
-        filters = weight if multiplier is None else weight * multiplier(squares)
-        output = F.conv2d(input, filters.to(input.dtype), bias if gain is None else None, *geometry)
-        if gain is not None:
-            _affine(output, gain, bias, geometry[-1], out=output)
-        kept = None
-        if context.needs_input_grad[2]:
+        factor = None if multiplier is None else multiplier(squares)
+        filters, late_factor = _where_to_multiply(input, weight, factor, geometry)
+        scalings = [scaling for scaling in (late_factor, gain) if scaling is not None]
+        output = F.conv2d(input, filters.to(input.dtype), None if scalings else bias, *geometry)
+        _scale_in_place(output, scalings, bias, geometry[-1])
+        kept = context.witness = None
+        _, need_weight, need_gain, *_ = context.needs_input_grad
+        if grad_enabled and (need_gain or (need_weight and late_factor is not None)):
             # The output stands for the inner product, since most networks keep it anyway. An activation may overwrite
             # it, which shows in the version of an empty tensor that shares its counter.
             kept = output.data
@@ -158,37 +185,93 @@ class _Convolution(Function):
         if torch.is_grad_enabled():
             definition = partial(_convolution, multiplier=multiplier, geometry=geometry)
             operands = input, weight, gain, bias
-            return *_gradients(definition, operands, needed, gradient, create_graph=True), None, None
+            return *_gradients(definition, operands, needed, gradient, create_graph=True), None, None, None
         need_input, need_weight, need_gain, need_bias = needed
-        filters = weight
+        factor = None
         if multiplier is not None:
             squares = squares.detach().requires_grad_()
             with torch.enable_grad():
                 factor = multiplier(squares)
-            # Made again rather than kept, for the filters of a whole network are as large as the network.
-            filters = weight * factor.detach()
+        # Made again rather than kept, for the filters of a whole network are as large as the network.
+        fixed_factor = None if factor is None else factor.detach()
+        filters, late_factor = _where_to_multiply(input, weight, fixed_factor, geometry)
         filters = filters.to(input.dtype)
-        groups = geometry[-1]
+        scalings = [scaling for scaling in (gain, late_factor) if scaling is not None]
+        *sides, groups = geometry
         of_bias = gradient.sum((0, 2, 3)) if need_bias else None
-        of_gain = None
-        if need_gain and context.witness._version == context.version:
+        gradient = group(gradient, groups)
+        of_gain = of_factor = None
+        if context.witness is not None:
             offset = None if bias is None else group(bias[:, None, None], groups, 0)
-            of_gain = _inner_product(group(gradient, groups), group(output, groups), gain, offset)
-            of_gain /= gain.where(gain != 0, 1)
-        elif need_gain:
-            dot = F.conv2d(input, filters, None, *geometry)
-            of_gain = _inner_product(group(gradient, groups), group(dot, groups), gain)
-        of_dot = gradient if gain is None else scale(group(gradient, groups), gain).flatten(1, 2)
-        *sides, _ = geometry
+            if context.witness._version != context.version:
+                output, offset = F.conv2d(input, filters, None, *geometry), None
+                _scale_in_place(output, scalings, None, groups)
+            output = group(output, groups)
+            if need_gain:
+                of_gain = _inner_product(gradient, output, gain, offset) / gain.where(gain != 0, 1)
+            if need_weight and late_factor is not None:
+                # The answer is smaller than the filters here, so it is the cheaper place to find the factor's gradient.
+                products = gradient.to(factor.dtype) * (output if offset is None else output - offset)
+                of_factor = products.sum((0, 3, 4)).view_as(factor) / fixed_factor
+        of_dot = gradient
+        for scaling in scalings:
+            of_dot = _scaled(of_dot, scaling) if of_dot is gradient else of_dot.mul_(scaling)
         mask = need_input, need_weight, False
         of_input, of_filters, _ = torch.ops.aten.convolution_backward(
-            of_dot, input, filters, None, *sides, False, (0, 0), groups, mask
+            of_dot.flatten(1, 2), input, filters, None, *sides, False, (0, 0), groups, mask
         )
         of_weight = of_filters if of_filters is None else of_filters.to(weight.dtype)
         if need_weight and multiplier is not None:
-            (of_squares,) = torch.autograd.grad(factor, squares, _inner_product(of_weight, weight, squares))
-            of_weight = (of_weight * factor.detach()).addcmul_(weight, of_squares, value=2)
-        return of_input, of_weight, of_gain, of_bias, None, None
+            if of_factor is None:
+                of_factor = _inner_product(of_weight, weight, squares)
+                of_weight = of_weight * fixed_factor
+            (of_squares,) = torch.autograd.grad(factor, squares, of_factor)
+            of_weight = of_weight.addcmul_(weight, of_squares, value=2)
+        return of_input, of_weight, of_gain, of_bias, None, None, None
+
+
+class _HomogeneousResponse(Function):
+    @staticmethod
+    def forward(
+        context: Any,
+        dot: Tensor,
+        gain: Tensor,
+        bias: Tensor | None,
+        degree: int,
+        ratio: Callable[[Tensor], Tensor],
+        grad_enabled: bool,
+    ) -> Tensor:
+        differentiable = grad_enabled and any(context.needs_input_grad)
+        if differentiable:
+            context.degree, context.ratio = degree, ratio
+            context.save_for_backward(dot, gain, bias)
+        output = torch.empty_like(dot) if differentiable else dot
+        for band in _bands(dot):
+            values = ratio(dot[band])
+            values *= dot[band]
+            if bias is None:
+                torch.mul(values, gain[band], out=output[band])
+            else:
+                torch.addcmul(bias, values, gain[band], out=output[band])
+        return output
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        operands, needed = context.saved_tensors, context.needs_input_grad[:3]
+        degree, ratio = context.degree, context.ratio
+        if torch.is_grad_enabled():
+            definition = partial(_homogeneous_response, degree=degree, ratio=ratio)
+            return *_gradients(definition, operands, needed, gradient, create_graph=True), None, None, None
+        dot, gain, _ = operands
+        of_dot, of_gain = torch.empty_like(dot), torch.empty_like(gain)
+        for band in _bands(dot):
+            values = ratio(dot[band])
+            values *= gradient[band]
+            torch.mul(values, degree * gain[band], out=of_dot[band])
+            values *= dot[band]
+            torch.sum(values, 2, keepdim=True, out=of_gain[band])
+        of_bias = gradient.sum((0, 3, 4))[..., None, None] if needed[2] else None
+        return of_dot, of_gain, of_bias, None, None, None
 
 
 class _Response(Function):
@@ -197,34 +280,36 @@ class _Response(Function):
         context: Any,
         response: Callable[..., Tensor],
         dtype: torch.dtype,
+        rows: int,
+        grad_enabled: bool,
         dot: Tensor,
         norm: Tensor,
         *constants: Tensor | None,
     ) -> Tensor:
-        differentiable = any(context.needs_input_grad)
+        differentiable = grad_enabled and any(context.needs_input_grad)
         if differentiable:
-            context.response = response
+            context.response, context.rows = response, rows
             context.save_for_backward(dot, norm, *constants)
         output = dot if dtype == dot.dtype and not differentiable else torch.empty_like(dot, dtype=dtype)
-        for band in _bands(dot):
+        for band in _bands(dot, rows):
             output[band] = response(dot[band], norm[band], *constants)
         return output
 
     @staticmethod
     def backward(context: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        operands, needed = context.saved_tensors, context.needs_input_grad[2:]
+        operands, needed = context.saved_tensors, context.needs_input_grad[4:]
         if torch.is_grad_enabled():
-            return None, None, *_gradients(context.response, operands, needed, gradient, create_graph=True)
+            return None, None, None, None, *_gradients(context.response, operands, needed, gradient, create_graph=True)
         dot, norm, *constants = operands
         totals = [torch.empty_like(dot), torch.empty_like(norm), *(_zeros_like(constant) for constant in constants)]
-        for band in _bands(dot):
+        for band in _bands(dot, context.rows):
             parts = _gradients(context.response, (dot[band], norm[band], *constants), needed, gradient[band])
             for place, (total, part) in enumerate(zip(totals, parts, strict=True)):
                 if part is not None and place < 2:
                     total[band] = part
                 elif part is not None:
                     total += part
-        return None, None, *(total if need else None for total, need in zip(totals, needed, strict=True))
+        return None, None, None, None, *(total if need else None for total, need in zip(totals, needed, strict=True))
 
 
 def _gradients(
@@ -251,6 +336,41 @@ def _gradients(
     return [next(found) if need else None for need in needed]
 
 
+def _homogeneous_response(
+    dot: Tensor, gain: Tensor, bias: Tensor | None, degree: int, ratio: Callable[[Tensor], Tensor]
+) -> Tensor:
+    answer = dot * ratio(dot) * gain
+    return answer if bias is None else answer + bias
+
+
+def _where_to_multiply(
+    input: Tensor, weight: Tensor, factor: Tensor | None, geometry: Geometry
+) -> tuple[Tensor, Tensor | None]:
+    """Return the filters to convolve with, and their factor if it is left to be multiplied with the answer.
+
+    It goes to the smaller of filters and answer.
+    """
+    (down, right), *_, groups = geometry
+    pixels = input.shape[0] * (input.shape[2] // down) * (input.shape[3] // right)
+    if factor is None or weight[0].numel() <= pixels:
+        return weight if factor is None else weight * factor, None
+    return weight, group(factor.squeeze(-1), groups, 0)
+
+
+def _scale_in_place(dot: Tensor, scalings: list[Tensor], bias: Tensor | None, groups: int) -> None:
+    """Make ``dot`` the product of it and the scalings, plus the bias; without scalings leave it alone."""
+    if not scalings:
+        return
+    grouped = group(dot, groups)
+    *others, last = scalings
+    for scaling in others:
+        grouped.mul_(scaling)
+    if bias is None:
+        grouped.mul_(last)
+    else:
+        torch.addcmul(group(bias[:, None, None], groups, 0), grouped, last, out=grouped)
+
+
 def _convolution(
     input: Tensor,
     weight: Tensor,
@@ -262,7 +382,10 @@ def _convolution(
     if multiplier is not None:
         weight = weight * multiplier(weight.square().sum((1, 2, 3), keepdim=True))
     dot = F.conv2d(input, weight.to(input.dtype), bias if gain is None else None, *geometry)
-    return dot if gain is None else _affine(dot, gain, bias, geometry[-1]).to(dot.dtype)
+    if gain is None:
+        return dot
+    answer = (group(dot, geometry[-1]) * gain).flatten(1, 2)
+    return (answer if bias is None else answer + bias[:, None, None]).to(dot.dtype)
 
 
 def _squares(values: Tensor, dims: tuple[int, ...]) -> Tensor:
@@ -277,14 +400,6 @@ def _scaled(values: Tensor, gain: Tensor) -> Tensor:
     return (values * gain).to(values.dtype)
 
 
-def _affine(dot: Tensor, gain: Tensor, bias: Tensor | None, groups: int, out: Tensor | None = None) -> Tensor:
-    """Return ``dot · gain + bias``, of the dtype that the operands have in common or, in place, in ``out``."""
-    out = out if out is None else group(out, groups)
-    if bias is None:
-        return torch.mul(group(dot, groups), gain, out=out).flatten(1, 2)
-    return torch.addcmul(group(bias[:, None, None], groups, 0), group(dot, groups), gain, out=out).flatten(1, 2)
-
-
 def _inner_product(left: Tensor, right: Tensor, like: Tensor, offset: Tensor | None = None) -> Tensor:
     """Return ``Σ left · (right - offset)`` over the dimensions in which ``like`` has size 1, in its shape and dtype."""
     total = torch.empty_like(like)
@@ -294,21 +409,22 @@ def _inner_product(left: Tensor, right: Tensor, like: Tensor, offset: Tensor | N
     return total
 
 
-def _bands(tensor: Tensor) -> Iterator[tuple[slice, ...]]:
-    """Yield indices that cut a tensor along its first and its last but one dimension into bands, all of it on a GPU."""
-    count, rows = tensor.shape[0], tensor.shape[-2]
-    if tensor.device.type != "cpu" or tensor.numel() <= BAND:
+def _bands(tensor: Tensor, rows: int = ROWS) -> Iterator[tuple[slice, ...]]:
+    """Yield indices that cut a tensor into bands: along its first dimension and, if it has five, along its rows."""
+    band = BAND * torch.get_num_threads()
+    if tensor.device.type != "cpu" or tensor.numel() <= band:
         yield (slice(None),)
         return
-    size = tensor.numel() // count
-    if size <= BAND or tensor.dim() != 5:
-        step = max(1, BAND // size)
-        yield from ((slice(start, start + step),) for start in range(0, count, step))
+    size = tensor.numel() // tensor.shape[0]
+    step = max(1, band // size)
+    if size <= band or tensor.dim() < 5:
+        yield from ((slice(start, start + step),) for start in range(0, tensor.shape[0], step))
         return
-    step = max(1, BAND * rows // size)
-    for image in range(count):
-        for row in range(0, rows, step):
-            yield slice(image, image + 1), slice(None), slice(None), slice(row, row + step)
+    height = tensor.shape[rows]
+    step = max(1, band * height // size)
+    for image in range(tensor.shape[0]):
+        for row in range(0, height, step):
+            yield slice(image, image + 1), *[slice(None)] * (rows - 1), slice(row, row + step)
 
 
 def _zeros_like(tensor: Tensor | None) -> Tensor | None:

@@ -143,7 +143,8 @@ class Tanh(Magnitude):
     uses_radius = True
 
     def gain(self, n: Tensor, radius: Tensor | float) -> Tensor:
-        return self.alpha * torch.tanh(n / radius) / n
+        # The quotient on the right is one number a patch, also where the radius is one a channel.
+        return torch.tanh(n / radius) * (self.alpha / n)
 
 
 class Linear(Magnitude):

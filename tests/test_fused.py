@@ -15,12 +15,14 @@ WAYS = {
     "scaled": OperatorConfig("tanh", "cosine", radius_mode="learned", radius_relative=True),
     "by channel": OperatorConfig("ball", "cosine", "linear", radius_mode="learned_per_channel"),
     "by angle": OperatorConfig("log", "sigmoid", "tanh"),
+    "by square": OperatorConfig("mix", "square_cosine"),
     "all": OperatorConfig("seg", "square_cosine", "linear", radius_mode="learned_per_channel", radius_relative=True),
 }
 GEOMETRIES = {
     "3×3": {"kernel_size": 3, "padding": 1},
     "groups": {"kernel_size": (2, 3), "groups": 2, "stride": (1, 2)},
     "depthwise": {"kernel_size": 3, "groups": 4, "out_channels": 4},
+    "more weights than pixels": {"kernel_size": (4, 5), "groups": 2, "out_channels": 4},
     "1×1, more channels": {"kernel_size": 1, "out_channels": 6},
     "1×1, fewer channels": {"kernel_size": 1, "out_channels": 2},
 }
@@ -77,6 +79,16 @@ def test_gradients_in_bands_are_those_of_finite_differences(way, geometry, monke
         return torch.func.functional_call(layer, dict(zip(names, values, strict=True)), (images,))
 
     assert gradcheck(function, (make_images().requires_grad_(), *values))
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+@every_way
+def test_answers_without_gradients_are_those_with_them(way, geometry, mode):
+    layer, images = make_layer(way, **GEOMETRIES[geometry]).eval(), make_images()
+    expected = layer(images)
+    with mode():
+        torch.testing.assert_close(layer(images), expected, rtol=1e-14, atol=1e-14)
 
 
 OVERWRITERS = {
