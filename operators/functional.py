@@ -4,6 +4,7 @@ Notation: ``x`` is an input patch under the filter (its padding included), ``w``
 ``n = ‖x‖ = sqrt(Σ x² + eps)``, ``‖w‖ = sqrt(Σ w² + eps)``, ``ŵ = w / ‖w‖``, ``c = cos θ = ⟨ŵ, x⟩ / n``.
 """
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from operators.angular import HOMOGENEOUS, cosine
-from operators.fused import Multiplier, convolve, group, respond, respond_homogeneously, sum_of_squares
+from operators.fused import Multiplier, convolve, group, respond, respond_homogeneously, sum_of_squares, ungroup
 from operators.magnitude import Magnitude, unweighted
 
 Angular = Callable[[Tensor], Tensor]
@@ -150,7 +151,7 @@ def respond_to_patches(
                     answer = respond_homogeneously(dot, h, bias, *HOMOGENEOUS[angular])
                 else:
                     answer = _respond_by_channel(dot, n, radius, factor, bias, magnitude, angular, result_dtype)
-                answer = answer.flatten(1, 2)
+                answer = ungroup(answer, groups)
         answer = answer.to(result_dtype)
     return answer if input.dim() == 4 else answer.squeeze(0)
 
@@ -178,7 +179,8 @@ def patch_norm(
     images = input if input.dim() == 4 else input[None]
     images, margin = pad(images, kernel_size, stride, padding, dilation, padding_mode)
     _, n = _patch_norm(images, kernel_size, stride, margin, dilation, groups, eps)
-    return n.squeeze(2) if input.dim() == 4 else n.squeeze(2).squeeze(0)
+    n = n if groups == 1 else n.squeeze(2)
+    return n if input.dim() == 4 else n.squeeze(0)
 
 
 def filter_norm(weight: Tensor, *, eps: float = 1e-4) -> Tensor:
@@ -234,12 +236,17 @@ def _patch_norm(
     groups: int,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    """Return ``images``, to be used by whatever else needs them, and ``n`` as a map (N, groups, 1, H', W')."""
+    """Return ``images``, for whatever else needs them, and ``n``: (N, 1, H', W') or (N, groups, 1, H', W')."""
     grouped, total = sum_of_squares(group(images, groups))
     total = F.pad(total, [margin[1], margin[1], margin[0], margin[0]])
-    for dim in (-2, -1):
-        total = _window_sum(total, dim, kernel_size[dim], stride[dim], dilation[dim])
-    return grouped.flatten(1, 2), (total + eps).sqrt()
+    if dilation == (1, 1):
+        # One pass over the map, where sums of shifted maps take several.
+        mean = F.avg_pool2d(total if groups == 1 else total.squeeze(2), kernel_size, stride)
+        total = (mean if groups == 1 else mean.unsqueeze(2)) * math.prod(kernel_size)
+    else:
+        for dim in (-2, -1):
+            total = _window_sum(total, dim, kernel_size[dim], stride[dim], dilation[dim])
+    return ungroup(grouped, groups), (total + eps).sqrt()
 
 
 def _window_sum(values: Tensor, dim: int, size: int, stride: int, dilation: int) -> Tensor:
@@ -263,8 +270,8 @@ def _respond_by_channel(
     angular: Angular,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Return the answer to ``dot = ⟨ŵ, x⟩``, (N, groups, K / groups, H', W'), whatever the operator."""
-    groups = dot.shape[1]
+    """Return the answer to ``dot = ⟨ŵ, x⟩``, which may be grouped, whatever the operator."""
+    groups = 1 if dot.dim() == 4 else dot.shape[1]
     learned = isinstance(radius, Tensor)
     if learned and radius.dim() > 0:
         radius = group(radius, groups, 0)

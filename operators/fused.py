@@ -5,9 +5,11 @@ eager mode its gradient is written by hand, so that nothing is kept but inputs a
 in bands that stay in the cache, for a large temporary tensor costs more than the arithmetic. A gradient that is to be
 differentiated again is built of differentiable operations.
 
-Shapes: ``values`` and ``dot`` are (N, G, C / G, H, W), a map of one number for each patch and group (N, G, 1, H, W).
+Shapes: without groups, ``values`` and ``dot`` are (N, C, H, W), a map of one number for each patch (N, 1, H, W). With
+groups they are (N, G, C / G, H, W) and (N, G, 1, H, W): see :func:`group`.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -26,13 +28,23 @@ Multiplier = Callable[[Tensor], Tensor]
 # Elements of a band for each thread: few enough for the cache of a core, enough to be worth the calls.
 BAND = 1 << 17
 
-# The dimension of the rows in (N, G, C / G, H, W).
-ROWS = 3
-
 
 def group(tensor: Tensor, groups: int, dim: int = 1) -> Tensor:
-    """Return ``tensor`` with its channels, in dimension ``dim``, as (groups, channels / groups)."""
-    return tensor.unflatten(dim, (groups, -1))
+    """Return ``tensor`` with its channels, in dimension ``dim``, as (groups, channels / groups) if there are groups."""
+    # Without groups a dimension more would hide from compilers that the channels are last in memory.
+    return tensor if groups == 1 else tensor.unflatten(dim, (groups, -1))
+
+
+def ungroup(tensor: Tensor, groups: int) -> Tensor:
+    """Return what :func:`group` was given."""
+    return tensor if groups == 1 else tensor.flatten(1, 2)
+
+
+def materialise(map: Tensor) -> Tensor:
+    """Return ``map``; a compiler then computes it, and its gradient, once for each patch and not for each channel."""
+    compiling = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+    transformed = torch._C._are_functorch_transforms_active()
+    return torch.ops.decoupled_zoo.materialise(map) if compiling and not transformed else map
 
 
 def sum_of_squares(values: Tensor) -> tuple[Tensor, Tensor]:
@@ -41,7 +53,7 @@ def sum_of_squares(values: Tensor) -> tuple[Tensor, Tensor]:
     Whatever else needs ``values`` should take the first result: its gradient then arrives here first, and the squares'
     gradient is added to it in place.
     """
-    return _SumOfSquares.apply(values) if _eager() else (values, _squares(values, (2,)))
+    return _SumOfSquares.apply(values) if _eager() else (values, materialise(_squares(values, (-3,))))
 
 
 def scale(values: Tensor, gain: Tensor) -> Tensor:
@@ -69,7 +81,7 @@ def convolve(
     pointwise = weight.shape[-2:] == (1, 1) and stride == (1, 1) and padding == (0, 0)
     if gain is not None and pointwise and input.shape[1] < weight.shape[0]:
         # A convolution of single pixels commutes with the scaling, and its input is the smaller of the two.
-        input, gain = scale(group(input, groups), gain).flatten(1, 2), None
+        input, gain = ungroup(scale(group(input, groups), gain), groups), None
     geometry = stride, padding, dilation, groups
     if _eager():
         return _Convolution.apply(input, weight, gain, bias, multiplier, geometry, torch.is_grad_enabled())
@@ -87,16 +99,19 @@ def respond(
         constants: tensors without batch, height and width, which ``response`` gets whole.
     """
     if not _eager():
-        return response(dot, norm, *constants).to(dtype)
-    if dot.stride(2) != 1:
-        return _Response.apply(response, dtype, ROWS, torch.is_grad_enabled(), dot, norm, *constants)
+        return response(dot, materialise(norm), *constants).to(dtype)
+    if dot.stride(-3) != 1:
+        return _Response.apply(response, dtype, dot.dim() - 2, torch.is_grad_enabled(), dot, norm, *constants)
     # What is computed of map and constants alone has its channels innermost only if they are the last dimensions.
-    dot, norm = (tensor.movedim((1, 2), (-2, -1)) for tensor in (dot, norm))
+    channels = tuple(range(1, dot.dim() - 2))
+    last = tuple(range(-len(channels), 0))
+    dot, norm = dot.movedim(channels, last), norm.movedim(channels, last)
     constants = tuple(
-        tensor.movedim((0, 1), (-2, -1)) if tensor is not None and tensor.dim() else tensor for tensor in constants
+        tensor.movedim(tuple(range(len(last))), last) if tensor is not None and tensor.dim() else tensor
+        for tensor in constants
     )
     answer = _Response.apply(response, dtype, 1, torch.is_grad_enabled(), dot, norm, *constants)
-    return answer.movedim((-2, -1), (1, 2))
+    return answer.movedim(last, channels)
 
 
 def respond_homogeneously(
@@ -110,12 +125,25 @@ def respond_homogeneously(
     return _homogeneous_response(dot, gain, bias, degree, ratio)
 
 
+@torch.library.custom_op("decoupled_zoo::materialise", mutates_args=())
+def _materialise(map: Tensor) -> Tensor:
+    return map.clone()
+
+
+@_materialise.register_fake
+def _(map: Tensor) -> Tensor:
+    return torch.empty_like(map)
+
+
+_materialise.register_autograd(lambda context, gradient: materialise(gradient))
+
+
 class _SumOfSquares(Function):
     @staticmethod
     def forward(context: FunctionCtx, values: Tensor) -> tuple[Tensor, Tensor]:
         context.set_materialize_grads(False)
         context.save_for_backward(values)
-        return values, _squares(values, (2,))
+        return values, _squares(values, (-3,))
 
     @staticmethod
     def backward(context: Any, gradient: Tensor | None, of_squares: Tensor | None) -> Tensor | None:
@@ -212,13 +240,13 @@ class _Convolution(Function):
             if need_weight and late_factor is not None:
                 # The answer is smaller than the filters here, so it is the cheaper place to find the factor's gradient.
                 products = gradient.to(factor.dtype) * (output if offset is None else output - offset)
-                of_factor = products.sum((0, 3, 4)).view_as(factor) / fixed_factor
+                of_factor = products.sum((0, -2, -1)).view_as(factor) / fixed_factor
         of_dot = gradient
         for scaling in scalings:
             of_dot = _scaled(of_dot, scaling) if of_dot is gradient else of_dot.mul_(scaling)
         mask = need_input, need_weight, False
         of_input, of_filters, _ = torch.ops.aten.convolution_backward(
-            of_dot.flatten(1, 2), input, filters, None, *sides, False, (0, 0), groups, mask
+            ungroup(of_dot, groups), input, filters, None, *sides, False, (0, 0), groups, mask
         )
         of_weight = of_filters if of_filters is None else of_filters.to(weight.dtype)
         if need_weight and multiplier is not None:
@@ -246,7 +274,7 @@ class _HomogeneousResponse(Function):
             context.degree, context.ratio = degree, ratio
             context.save_for_backward(dot, gain, bias)
         output = torch.empty_like(dot) if differentiable else dot
-        for band in _bands(dot):
+        for band in _bands(dot, dot.dim() - 2):
             values = ratio(dot[band])
             values *= dot[band]
             if bias is None:
@@ -264,13 +292,13 @@ class _HomogeneousResponse(Function):
             return *_gradients(definition, operands, needed, gradient, create_graph=True), None, None, None
         dot, gain, _ = operands
         of_dot, of_gain = torch.empty_like(dot), torch.empty_like(gain)
-        for band in _bands(dot):
+        for band in _bands(dot, dot.dim() - 2):
             values = ratio(dot[band])
             values *= gradient[band]
             torch.mul(values, degree * gain[band], out=of_dot[band])
             values *= dot[band]
-            torch.sum(values, 2, keepdim=True, out=of_gain[band])
-        of_bias = gradient.sum((0, 3, 4))[..., None, None] if needed[2] else None
+            torch.sum(values, -3, keepdim=True, out=of_gain[band])
+        of_bias = gradient.sum((0, -2, -1))[..., None, None] if needed[2] else None
         return of_dot, of_gain, of_bias, None, None, None
 
 
@@ -301,7 +329,8 @@ class _Response(Function):
         if torch.is_grad_enabled():
             return None, None, None, None, *_gradients(context.response, operands, needed, gradient, create_graph=True)
         dot, norm, *constants = operands
-        totals = [torch.empty_like(dot), torch.empty_like(norm), *(_zeros_like(constant) for constant in constants)]
+        totals = [torch.empty_like(dot), torch.empty_like(norm)]
+        totals += [None if constant is None else torch.zeros_like(constant) for constant in constants]
         for band in _bands(dot, context.rows):
             parts = _gradients(context.response, (dot[band], norm[band], *constants), needed, gradient[band])
             for place, (total, part) in enumerate(zip(totals, parts, strict=True)):
@@ -339,7 +368,7 @@ def _gradients(
 def _homogeneous_response(
     dot: Tensor, gain: Tensor, bias: Tensor | None, degree: int, ratio: Callable[[Tensor], Tensor]
 ) -> Tensor:
-    answer = dot * ratio(dot) * gain
+    answer = dot * ratio(dot) * materialise(gain)
     return answer if bias is None else answer + bias
 
 
@@ -379,21 +408,33 @@ def _convolution(
     multiplier: Multiplier | None,
     geometry: Geometry,
 ) -> Tensor:
+    factors = [] if gain is None else [materialise(gain)]
     if multiplier is not None:
-        weight = weight * multiplier(weight.square().sum((1, 2, 3), keepdim=True))
-    dot = F.conv2d(input, weight.to(input.dtype), bias if gain is None else None, *geometry)
-    if gain is None:
+        factor = multiplier(weight.square().sum((1, 2, 3), keepdim=True))
+        factors.append(group(factor.squeeze(-1), geometry[-1], 0))
+    dot = F.conv2d(input, weight.to(input.dtype), None if factors else bias, *geometry)
+    if not factors:
         return dot
-    answer = (group(dot, geometry[-1]) * gain).flatten(1, 2)
+    # A compiler joins these products with whatever follows; filters multiplied beforehand it would keep.
+    answer = ungroup(math.prod(factors, start=group(dot, geometry[-1])), geometry[-1])
     return (answer if bias is None else answer + bias[:, None, None]).to(dot.dtype)
 
 
 def _squares(values: Tensor, dims: tuple[int, ...]) -> Tensor:
     dtype = torch.promote_types(values.dtype, torch.float32)
-    if _eager() and values.dtype == dtype and values.device.type == "cpu" and 1 in (values.stride(dim) for dim in dims):
+    if not _eager() or values.device.type != "cpu":
+        return values.to(dtype).square().sum(dims, keepdim=True)
+    if all(values.shape[dim] == 1 for dim in dims):
+        return values.to(dtype).square()
+    if values.dtype == dtype and 1 in (values.stride(dim) for dim in dims):
         # Along adjacent elements one pass without a copy, the square root included; slow along others.
-        return torch.linalg.vector_norm(values, dim=dims, keepdim=True).square_()
-    return values.to(dtype).square().sum(dims, keepdim=True)
+        total = torch.linalg.vector_norm(values, dim=dims, keepdim=True).square_()
+    else:
+        total = values.to(dtype).square().sum(dims, keepdim=True)
+    if values.dim() == 5 and values.stride(1) < values.stride(-1):
+        # The map of groups has the memory format of what it is going to be multiplied with.
+        total = total.squeeze(2).contiguous(memory_format=torch.channels_last).unsqueeze(2)
+    return total
 
 
 def _scaled(values: Tensor, gain: Tensor) -> Tensor:
@@ -403,21 +444,21 @@ def _scaled(values: Tensor, gain: Tensor) -> Tensor:
 def _inner_product(left: Tensor, right: Tensor, like: Tensor, offset: Tensor | None = None) -> Tensor:
     """Return ``Σ left · (right - offset)`` over the dimensions in which ``like`` has size 1, in its shape and dtype."""
     total = torch.empty_like(like)
-    for band in _bands(left):
+    for band in _bands(left, None if like.shape[-2] != left.shape[-2] else left.dim() - 2):
         second = right[band] if offset is None else right[band] - offset
         total[band] = (left[band].to(like.dtype) * second).sum_to_size(total[band].shape)
     return total
 
 
-def _bands(tensor: Tensor, rows: int = ROWS) -> Iterator[tuple[slice, ...]]:
-    """Yield indices that cut a tensor into bands: along its first dimension and, if it has five, along its rows."""
+def _bands(tensor: Tensor, rows: int | None) -> Iterator[tuple[slice, ...]]:
+    """Yield indices that cut a tensor into bands: along its first dimension and, if need be, the dimension ``rows``."""
     band = BAND * torch.get_num_threads()
     if tensor.device.type != "cpu" or tensor.numel() <= band:
         yield (slice(None),)
         return
     size = tensor.numel() // tensor.shape[0]
     step = max(1, band // size)
-    if size <= band or tensor.dim() < 5:
+    if size <= band or rows is None:
         yield from ((slice(start, start + step),) for start in range(0, tensor.shape[0], step))
         return
     height = tensor.shape[rows]
@@ -427,15 +468,11 @@ def _bands(tensor: Tensor, rows: int = ROWS) -> Iterator[tuple[slice, ...]]:
             yield slice(image, image + 1), *[slice(None)] * (rows - 1), slice(row, row + step)
 
 
-def _zeros_like(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else torch.zeros_like(tensor)
-
-
 def _eager() -> bool:
     """Whether operations run as they are called: no compiler, exporter, tracer or function transform is at work."""
     return not (
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()
-        or torch._C._functorch.peek_interpreter_stack()
+        or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
     )

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 import zoo
+from operators import DecoupledConv2d, fold, revert
 from zoo.checkpoints import PRETRAINED
 
 NAME = "digits_cnn6_tanh_cosine"
@@ -104,6 +105,31 @@ def test_weights_that_are_not_finite_are_not_saved(model, tmp_path):
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(ValueError, match="got Linear"):
         zoo.save(torch.nn.Linear(1, 1), tmp_path / NAME)
+
+
+def louder(model):
+    for layer in model.modules():
+        if isinstance(layer, DecoupledConv2d):
+            layer.magnitude.alpha = 2.0
+    return model
+
+
+CHANGES = {
+    "unexpected .*bias": lambda model: fold(model)[0],
+    "missing .*radius": revert,
+    "other answers": louder,
+    "has dtype torch.bfloat16, not torch.float32": lambda model: model.bfloat16(),
+}
+
+
+@pytest.mark.parametrize("message", CHANGES)
+def test_a_network_that_could_not_be_loaded_again_is_not_saved(model, tmp_path, message):
+    changed = CHANGES[message](model)
+    state = torch.get_rng_state()
+    with pytest.raises(ValueError, match=f"is not what its spec describes, cnn6 with tanh_cosine .*{message}"):
+        zoo.save(changed, tmp_path / NAME)
+    assert list(tmp_path.iterdir()) == []
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_fresh_classifier_and_other_channels(model, folder):

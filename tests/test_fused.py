@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 from torch.autograd import gradcheck
+from torch.utils.checkpoint import checkpoint
 
 from operators import DecoupledConv2d, OperatorConfig, decoupled_conv2d, fused
 from operators.angular import cosine
@@ -110,15 +111,20 @@ class Then(nn.Module):
         return self.function(self.layer(images))
 
 
+class Checkpointed(Then):
+    def forward(self, images):
+        return checkpoint(super().forward, images, use_reentrant=False)
+
+
 @pytest.mark.parametrize("overwrite", OVERWRITERS)
-@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("kind", [Then, Checkpointed])
+@pytest.mark.parametrize("geometry", ["3×3", "more weights than pixels"])
 @every_way
-def test_what_overwrites_the_answer_leaves_the_gradient_right(way, bias, overwrite):
-    layer, function = make_layer(way, bias=bias), OVERWRITERS[overwrite]
+def test_what_overwrites_the_answer_leaves_the_gradient_right(way, geometry, kind, overwrite):
+    layer, function = make_layer(way, **GEOMETRIES[geometry]).train(), OVERWRITERS[overwrite]
     expected = answer_and_gradients(Then(layer, lambda answer: function(answer.clone())), make_images())
-    torch.testing.assert_close(
-        answer_and_gradients(Then(layer, function), make_images()), expected, rtol=1e-12, atol=1e-13
-    )
+    outcome = answer_and_gradients(kind(layer, function), make_images())
+    torch.testing.assert_close(outcome, expected, rtol=1e-12, atol=1e-13)
 
 
 def test_an_input_that_is_overwritten_is_an_error_as_for_a_plain_convolution():

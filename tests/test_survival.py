@@ -161,6 +161,21 @@ def test_compiled_operators_see_autocast(dtype):
         check_compiled(Branches(layers), [make_images(3)], backend="aot_eager", tolerance=coarse)
 
 
+@pytest.mark.parametrize("operator", ["tanh_cosine", "log_square_cosine", "ball_linear"])
+def test_compiled_function_transforms_are_the_eager_ones(operator):
+    layer, images = make_layer({"name": operator, "radius_mode": "learned"}), make_images(3)
+
+    def energy(images):
+        return layer(images).square().sum()
+
+    gradient = torch.func.grad(energy)
+    answers = torch.func.vmap(lambda image: layer(image[None])[0])
+    for function in (gradient, answers):
+        torch.compiler.reset()
+        compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
+        torch.testing.assert_close(compiled(images), function(images), **SINGLE)
+
+
 @needs_compiler
 def test_inductor_on_three_operators():
     """One computed as a scaled inner product, two by their angle; one with everything that a radius can have."""

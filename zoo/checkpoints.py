@@ -129,7 +129,8 @@ def save(
 
     Raises:
         FileExistsError: the folder exists and ``overwrite`` is false.
-        ValueError: weights that are not finite, or a model that is no ``ImageModel``.
+        ValueError: weights that are not finite, a model that is no ``ImageModel``, or one whose network is no longer
+            what its ``spec`` describes, as after ``fold``: it could not be loaded again.
     """
     folder = Path(folder)
     if not isinstance(model, ImageModel):
@@ -137,6 +138,8 @@ def save(
     if folder.exists() and not overwrite:
         raise FileExistsError(f"{folder} exists; choose another name, or pass overwrite=True to replace it")
     weights = _serialise(model.network)
+    logits = fingerprint(model)
+    _check_spec(model, logits)
     config = {
         "schema": SCHEMA,
         "name": folder.name,
@@ -146,7 +149,7 @@ def save(
         "licence": licence,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "sha256": hashlib.sha256(weights).hexdigest(),
-        "fingerprint": fingerprint(model),
+        "fingerprint": logits,
     }
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as scratch:
@@ -175,11 +178,7 @@ def verify(
     config = read_config(folder)
     model = load(folder)
     problems = []
-    claimed, measured = (
-        torch.tensor(logits, dtype=torch.float64) for logits in (config["fingerprint"], fingerprint(model))
-    )
-    tolerance = FINGERPRINT_TOLERANCE * measured.abs().max()
-    if claimed.shape != measured.shape or not ((claimed - measured).abs() <= tolerance).all():
+    if not _agree(config["fingerprint"], fingerprint(model)):
         problems.append(f"{CONFIG}: the logits on the fingerprint's images are not those recorded")
     card = folder / CARD
     if not card.is_file() or card.read_text(encoding="utf-8") != model_card(config):
@@ -351,21 +350,55 @@ def _check_header(path: Path, data: bytes) -> None:
 
 
 def _check_tensors(path: Path, tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    problems = _misfits(tensors, expected)
+    for name, tensor in tensors.items():
+        if name in expected and tensor.is_floating_point() and not tensor.isfinite().all():
+            problems.append(f"{name} has values that are not finite")
+    if problems:
+        raise CheckpointError(f"{path} does not fit the architecture in {CONFIG}: {_listed(problems)}")
+
+
+def _check_spec(model: ImageModel, logits: list[list[float]]) -> None:
+    """Refuse a model whose weights, in a network built from its ``spec``, would not give these logits."""
+    # Building draws random weights, which must not change what the caller draws next.
+    with torch.random.fork_rng(devices=[]):
+        twin = model.spec.build()
+    weights = model.network.state_dict()
+    problems = _misfits(weights, twin.network.state_dict())
+    if not problems:
+        twin.network.load_state_dict(weights)
+        if _agree(logits, fingerprint(twin)):
+            return
+        problems = ["other answers"]
+    raise ValueError(
+        f"the network is not what its spec describes, {model.spec.architecture} with {model.spec.operator_name} (was "
+        f"it converted, folded or cast since zoo.build made it?), so it could not be loaded again: {_listed(problems)}"
+    )
+
+
+def _misfits(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> list[str]:
+    """Say which tensors are missing, unexpected, or of another shape or dtype."""
     problems = [f"missing {name}" for name in expected if name not in tensors]
     problems += [f"unexpected {name}" for name in tensors if name not in expected]
-    for name, tensor in tensors.items():
-        if name not in expected:
-            continue
-        wanted = expected[name]
+    for name in (name for name in expected if name in tensors):
+        tensor, wanted = tensors[name], expected[name]
         if tensor.shape != wanted.shape:
             problems.append(f"{name} has shape {tuple(tensor.shape)}, not {tuple(wanted.shape)}")
         elif tensor.dtype != wanted.dtype:
             problems.append(f"{name} has dtype {tensor.dtype}, not {wanted.dtype}")
-        elif tensor.is_floating_point() and not tensor.isfinite().all():
-            problems.append(f"{name} has values that are not finite")
-    if problems:
-        listed = "; ".join(problems[:8]) + (f"; ... ({len(problems)} in all)" if len(problems) > 8 else "")
-        raise CheckpointError(f"{path} does not fit the architecture in {CONFIG}: {listed}")
+    return problems
+
+
+def _listed(problems: Sequence[str]) -> str:
+    return "; ".join(problems[:8]) + (f"; ... ({len(problems)} in all)" if len(problems) > 8 else "")
+
+
+def _agree(claimed: list[list[float]], measured: list[list[float]]) -> bool:
+    """Say whether the logits of two fingerprints are the same but for rounding."""
+    first, second = (torch.tensor(logits, dtype=torch.float64) for logits in (claimed, measured))
+    return first.shape == second.shape and bool(
+        ((first - second).abs() <= FINGERPRINT_TOLERANCE * second.abs().max()).all()
+    )
 
 
 def _with_channels(model: ImageModel, in_chans: int) -> ImageModel:
