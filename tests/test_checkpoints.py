@@ -115,7 +115,7 @@ def louder(model):
 
 
 CHANGES = {
-    "unexpected .*bias": lambda model: fold(model)[0],
+    "missing .*features": lambda model: fold(model)[0],
     "missing .*radius": revert,
     "other answers": louder,
     "has dtype torch.bfloat16, not torch.float32": lambda model: model.bfloat16(),
