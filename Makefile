@@ -33,8 +33,10 @@ lint: setup
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 
-bench: setup  ## Time decoupled layers and networks beside their plain twins.
-	$(RUN) benchmarks/layers.py
+bench: setup  ## Measure layers and networks beside their plain twins, and write docs/performance.md.
+	$(RUN) -m benchmarks.operators
+	$(RUN) -m benchmarks.models
+	$(RUN) -m benchmarks.report
 
 clean:
 	rm -rf $(VENV) $(VENV)-floors outputs

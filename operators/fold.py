@@ -2,12 +2,18 @@
 
 import copy
 import dataclasses
+import inspect
+from collections import Counter
 
 import torch
 from torch import Tensor, fx, nn
 
+from operators.angular import cosine
 from operators.conv import DecoupledConv2d
 from operators.functional import filter_factor, filter_multiplier, respond_to_patches
+
+# Relative to the largest answer; far above float32's rounding in deep networks, far below a norm left out.
+EXAMPLE_TOLERANCE = 1e-3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +82,7 @@ class FoldedConv2d(nn.Conv2d):
         return f"{super().extra_repr()}, operator={self.operator}"
 
 
-def fold(model: nn.Module) -> tuple[nn.Module, FoldReport]:
+def fold(model: nn.Module, example: Tensor | None = None) -> tuple[nn.Module, FoldReport]:
     """Return a copy of ``model`` for inference, in evaluation mode and without gradients, and the report.
 
     Filters are normalised once. A BatchNorm whose only input is a decoupled convolution becomes part of it: its factor
@@ -85,30 +91,54 @@ def fold(model: nn.Module) -> tuple[nn.Module, FoldReport]:
     they were, to rounding; ``model`` is not changed.
 
     Which BatchNorm follows is read from a trace by ``torch.fx``; where a network cannot be traced as a whole, its parts
-    are. What cannot be folded stays as it is, and the report says why.
+    are, on the assumption that they are called as a whole. What cannot be folded stays as it is, and the report says
+    why.
+
+    Args:
+        example: images on which the folded copy is compared with ``model``.
 
     Raises:
-        ValueError: ``model`` has no decoupled convolution.
+        ValueError: ``model`` has no decoupled convolution; one has pre-hooks, which may make its filters anew; or the
+            answers to ``example`` differ by more than 1e-3 of the largest.
     """
-    model = copy.deepcopy(model).eval().requires_grad_(False)
+    original, model = model, copy.deepcopy(model).eval().requires_grad_(False)
     names: dict[DecoupledConv2d, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, DecoupledConv2d):
             names.setdefault(module, []).append(name)
     if not names:
         raise ValueError(f"nothing to fold: {type(model).__name__} has no DecoupledConv2d; see convert_decoupled")
+    for module, (name, *_) in names.items():
+        if module._forward_pre_hooks:
+            raise ValueError(f"{name or 'the model'} has pre-hooks, which may make its filters anew; remove them first")
     followers = _followers(model)
+    places = Counter(module for _, module in model.named_modules(remove_duplicate=False))
     layers = []
     for module, (name, *aliases) in names.items():
         norm_name, reason = followers.get(name, ("", "what follows it cannot be traced"))
         if aliases:
             norm_name, reason = "", f"it is used in several places ({', '.join(aliases)}, too)"
+        elif norm_name and places[model.get_submodule(norm_name)] > 1:
+            norm_name, reason = "", f"{norm_name} is used in several places"
         layers.append(FoldedLayer(name, str(module.operator), norm_name, reason))
         norm = model.get_submodule(norm_name) if norm_name else None
         _fold_layer(module, norm)
         if norm is not None:
             model.set_submodule(norm_name, nn.Identity())
+    if example is not None:
+        _check(original, model, example)
     return model, FoldReport(tuple(layers))
+
+
+@torch.no_grad()
+def _check(original: nn.Module, folded: nn.Module, example: Tensor) -> None:
+    expected, answer = copy.deepcopy(original).eval()(example), folded(example)
+    difference = (answer - expected).abs().max() / expected.abs().max()
+    if not difference <= EXAMPLE_TOLERANCE:
+        raise ValueError(
+            f"the folded network's answers differ by {difference:.1e} of the largest: a part of a network that cannot "
+            "be traced as a whole is probably not called as a whole; fold the parts by themselves"
+        )
 
 
 @torch.no_grad()
@@ -126,14 +156,14 @@ def _fold_layer(layer: DecoupledConv2d, norm: nn.BatchNorm2d | None) -> None:
         bias = ((0 if bias is None else bias) - norm.running_mean.double()) * scale
         if norm.affine:
             bias = bias + norm.bias.double()
-        if layer.operator.angular == "cosine":
+        if angular is cosine:
             weight = weight * scale[:, None, None, None]
         else:
             factor = scale[:, None, None] * (1 if factor is None else factor)
     dtype = layer.weight.dtype
     layer.weight = nn.Parameter(torch.empty_like(layer.weight).copy_(weight), requires_grad=False)
     layer.bias = None if bias is None else nn.Parameter(bias.to(dtype), requires_grad=False)
-    if layer.operator.angular == "cosine" and magnitude.constant_gain is not None:
+    if angular is cosine and magnitude.constant_gain is not None:
         del layer.magnitude, layer.operator, layer.angular
         layer.__class__ = nn.Conv2d
         return
@@ -151,9 +181,11 @@ def _followers(model: nn.Module, prefix: str = "") -> dict[str, tuple[str, str]]
     """Return, by the name of each decoupled convolution that can be traced, its BatchNorm's name or why it has none."""
     if not any(isinstance(module, DecoupledConv2d) for module in model.modules()):
         return {}
-    tracer = _Tracer()
+    # Arguments at their defaults, as in a call with images alone.
+    parameters = inspect.signature(model.forward).parameters
+    defaults = {name: value.default for name, value in parameters.items() if value.default is not value.empty}
     try:
-        graph = tracer.trace(model)
+        graph = _Tracer().trace(model, concrete_args=defaults)
     # A forward pass of symbols fails in whatever way the network's own code does not expect them.
     except Exception:
         found = {}
@@ -181,6 +213,8 @@ def _norm_after(model: nn.Module, nodes: list[fx.Node], calls: dict[str, list[fx
         return "", "no BatchNorm alone follows it"
     name = users[0].target
     norm = model.get_submodule(name)
+    if model.get_submodule(nodes[0].target)._forward_hooks:
+        return "", "it has hooks, which see its answer"
     if not isinstance(norm, nn.BatchNorm2d):
         return "", "no BatchNorm alone follows it"
     if type(norm) is not nn.BatchNorm2d:

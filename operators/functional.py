@@ -12,16 +12,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from operators.angular import HOMOGENEOUS, cosine
-from operators.fused import Multiplier, convolve, group, respond, respond_homogeneously, sum_of_squares, ungroup
+from operators.fused import (
+    AUTOCAST_DEVICES,
+    Multiplier,
+    convolve,
+    group,
+    no_autocast,
+    respond,
+    respond_homogeneously,
+    sum_of_squares,
+    ungroup,
+)
 from operators.magnitude import Magnitude, unweighted
 
 Angular = Callable[[Tensor], Tensor]
 Pair = int | tuple[int, int]
-
-# Asked once, for torch 2.11 cannot trace the question.
-AUTOCAST_DEVICES = frozenset(
-    device for device in ("cpu", "cuda", "mps", "xpu", "hpu", "xla") if torch.amp.is_autocast_available(device)
-)
 
 
 def decoupled_conv2d(
@@ -129,7 +134,7 @@ def respond_to_patches(
     images = input if input.dim() == 4 else input[None]
     kernel_size, stride, dilation = tuple(weight.shape[-2:]), _pair(stride), _pair(dilation)
     dot_dtype, result_dtype = _precisions(input, angular)
-    with _no_autocast(input.device.type):
+    with no_autocast(input.device.type):
         images, margin = pad(images, kernel_size, stride, padding, dilation, padding_mode)
         weight = _at_least_float32(weight)
         bias = None if bias is None else bias.to(dot_dtype)
@@ -150,7 +155,7 @@ def respond_to_patches(
                     h = _homogeneous_gain(magnitude.gain(n, radius), n, angular)
                     answer = respond_homogeneously(dot, h, bias, *HOMOGENEOUS[angular])
                 else:
-                    answer = _respond_by_channel(dot, n, radius, factor, bias, magnitude, angular, result_dtype)
+                    answer = _respond_in_general(dot, n, radius, factor, bias, magnitude, angular, result_dtype)
                 answer = ungroup(answer, groups)
         answer = answer.to(result_dtype)
     return answer if input.dim() == 4 else answer.squeeze(0)
@@ -238,14 +243,17 @@ def _patch_norm(
 ) -> tuple[Tensor, Tensor]:
     """Return ``images``, for whatever else needs them, and ``n``: (N, 1, H', W') or (N, groups, 1, H', W')."""
     grouped, total = sum_of_squares(group(images, groups))
-    total = F.pad(total, [margin[1], margin[1], margin[0], margin[0]])
-    if dilation == (1, 1):
-        # One pass over the map, where sums of shifted maps take several.
-        mean = F.avg_pool2d(total if groups == 1 else total.squeeze(2), kernel_size, stride)
-        total = (mean if groups == 1 else mean.unsqueeze(2)) * math.prod(kernel_size)
-    else:
+    # Groups take the place of channels, so that their maps keep a memory format of channels last.
+    total = total if groups == 1 else total.squeeze(2)
+    if any(margin):
+        total = F.pad(total, [margin[1], margin[1], margin[0], margin[0]])
+    if dilation != (1, 1):
         for dim in (-2, -1):
             total = _window_sum(total, dim, kernel_size[dim], stride[dim], dilation[dim])
+    elif kernel_size != (1, 1) or stride != (1, 1):
+        # One pass over the map, where sums of shifted maps take several.
+        total = F.avg_pool2d(total, kernel_size, stride) * math.prod(kernel_size)
+    total = total if groups == 1 else total.unsqueeze(2)
     return ungroup(grouped, groups), (total + eps).sqrt()
 
 
@@ -260,7 +268,7 @@ def _window_sum(values: Tensor, dim: int, size: int, stride: int, dilation: int)
     return total
 
 
-def _respond_by_channel(
+def _respond_in_general(
     dot: Tensor,
     n: Tensor,
     radius: Tensor | float,
@@ -325,10 +333,6 @@ def _precisions(input: Tensor, angular: Angular) -> tuple[torch.dtype, torch.dty
 
 def _at_least_float32(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-
-
-def _no_autocast(device: str) -> torch.autocast:
-    return torch.autocast(device if device in AUTOCAST_DEVICES else "cpu", enabled=False)
 
 
 def _pair(value: Pair) -> tuple[int, int]:

@@ -11,7 +11,7 @@ groups they are (N, G, C / G, H, W) and (N, G, 1, H, W): see :func:`group`.
 
 import math
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -20,10 +20,14 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.function import Function, FunctionCtx
 
-Pair = tuple[int, int]
 # Stride, padding, dilation and groups of a convolution.
-Geometry = tuple[Pair, Pair, Pair, int]
+Geometry = tuple[tuple[int, int], tuple[int, int], tuple[int, int], int]
 Multiplier = Callable[[Tensor], Tensor]
+
+# Asked once, for torch 2.11 cannot trace the question.
+AUTOCAST_DEVICES = frozenset(
+    device for device in ("cpu", "cuda", "mps", "xpu", "hpu", "xla") if torch.amp.is_autocast_available(device)
+)
 
 # Elements of a band for each thread: few enough for the cache of a core, enough to be worth the calls.
 BAND = 1 << 17
@@ -36,8 +40,13 @@ def group(tensor: Tensor, groups: int, dim: int = 1) -> Tensor:
 
 
 def ungroup(tensor: Tensor, groups: int) -> Tensor:
-    """Return what :func:`group` was given."""
+    """Return (N, G, C / G, H, W) as (N, C, H, W)."""
     return tensor if groups == 1 else tensor.flatten(1, 2)
+
+
+def no_autocast(device: str) -> torch.autocast:
+    """Return a context in which operations keep the dtypes of their operands."""
+    return torch.autocast(device if device in AUTOCAST_DEVICES else "cpu", enabled=False)
 
 
 def materialise(map: Tensor) -> Tensor:
@@ -67,9 +76,9 @@ def convolve(
     multiplier: Multiplier | None,
     gain: Tensor | None,
     bias: Tensor | None,
-    stride: Pair,
-    padding: Pair,
-    dilation: Pair,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
     groups: int,
 ) -> Tensor:
     """Return ``conv2d(input, w · multiplier(Σ w²)) · gain + bias``: (N, C, H, W) to (N, K, H', W').
@@ -138,6 +147,18 @@ def _(map: Tensor) -> Tensor:
 _materialise.register_autograd(lambda context, gradient: materialise(gradient))
 
 
+def _backward(function: Callable[..., Any]) -> staticmethod:
+    """Make a static method that runs outside autocast, as the forward pass did, wherever the loss is differentiated."""
+
+    @wraps(function)
+    def backward(context: Any, *gradients: Tensor | None) -> Any:
+        (device,) = {gradient.device.type for gradient in gradients if gradient is not None} or {"cpu"}
+        with no_autocast(device):
+            return function(context, *gradients)
+
+    return staticmethod(backward)
+
+
 class _SumOfSquares(Function):
     @staticmethod
     def forward(context: FunctionCtx, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -145,14 +166,14 @@ class _SumOfSquares(Function):
         context.save_for_backward(values)
         return values, _squares(values, (-3,))
 
-    @staticmethod
+    @_backward
     def backward(context: Any, gradient: Tensor | None, of_squares: Tensor | None) -> Tensor | None:
         (values,) = context.saved_tensors
         if of_squares is None:
             return gradient
         if gradient is None:
             return (2 * of_squares * values).to(values.dtype)
-        if torch.is_grad_enabled() or gradient.dtype != of_squares.dtype:
+        if _by_definition(gradient) or gradient.dtype != of_squares.dtype:
             return (gradient + 2 * of_squares * values).to(values.dtype)
         # The gradient came from the one consumer of the first result, so nobody else holds it.
         return gradient.addcmul_(values, of_squares, value=2)
@@ -164,11 +185,11 @@ class _Scale(Function):
         context.save_for_backward(values, gain)
         return _scaled(values, gain)
 
-    @staticmethod
+    @_backward
     def backward(context: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
         values, gain = context.saved_tensors
-        if torch.is_grad_enabled():
-            return tuple(_gradients(_scaled, (values, gain), context.needs_input_grad, gradient, create_graph=True))
+        if _by_definition(gradient):
+            return tuple(_gradients(_scaled, (values, gain), context.needs_input_grad, gradient))
         need_values, need_gain = context.needs_input_grad
         of_values = _scaled(gradient, gain) if need_values else None
         return of_values, _inner_product(gradient, values, gain) if need_gain else None
@@ -189,12 +210,14 @@ class _Convolution(Function):
         squares = None if multiplier is None else _squares(weight, (1, 2, 3))
         factor = None if multiplier is None else multiplier(squares)
         filters, late_factor = _where_to_multiply(input, weight, factor, geometry)
-        scalings = [scaling for scaling in (late_factor, gain) if scaling is not None]
+        scalings = [scaling for scaling in (gain, late_factor) if scaling is not None]
         output = F.conv2d(input, filters.to(input.dtype), None if scalings else bias, *geometry)
         _scale_in_place(output, scalings, bias, geometry[-1])
         kept = context.witness = None
         _, need_weight, need_gain, *_ = context.needs_input_grad
-        if grad_enabled and (need_gain or (need_weight and late_factor is not None)):
+        context.needs_products = grad_enabled and (need_gain or (need_weight and late_factor is not None))
+        # A bias in half precision can hide the inner product.
+        if context.needs_products and (bias is None or output.dtype.itemsize > 2):
             # The output stands for the inner product, since most networks keep it anyway. An activation may overwrite
             # it, which shows in the version of an empty tensor that shares its counter.
             kept = output.data
@@ -205,15 +228,15 @@ class _Convolution(Function):
         context.save_for_backward(input, weight, gain, bias, squares, kept)
         return output
 
-    @staticmethod
+    @_backward
     def backward(context: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         input, weight, gain, bias, squares, output = context.saved_tensors
         multiplier, geometry = context.multiplier, context.geometry
         needed = context.needs_input_grad[:4]
-        if torch.is_grad_enabled():
+        if _by_definition(gradient):
             definition = partial(_convolution, multiplier=multiplier, geometry=geometry)
             operands = input, weight, gain, bias
-            return *_gradients(definition, operands, needed, gradient, create_graph=True), None, None, None
+            return *_gradients(definition, operands, needed, gradient), None, None, None
         need_input, need_weight, need_gain, need_bias = needed
         factor = None
         if multiplier is not None:
@@ -229,9 +252,9 @@ class _Convolution(Function):
         of_bias = gradient.sum((0, 2, 3)) if need_bias else None
         gradient = group(gradient, groups)
         of_gain = of_factor = None
-        if context.witness is not None:
+        if context.needs_products:
             offset = None if bias is None else group(bias[:, None, None], groups, 0)
-            if context.witness._version != context.version:
+            if context.witness is None or context.witness._version != context.version:
                 output, offset = F.conv2d(input, filters, None, *geometry), None
                 _scale_in_place(output, scalings, None, groups)
             output = group(output, groups)
@@ -244,10 +267,12 @@ class _Convolution(Function):
         of_dot = gradient
         for scaling in scalings:
             of_dot = _scaled(of_dot, scaling) if of_dot is gradient else of_dot.mul_(scaling)
-        mask = need_input, need_weight, False
-        of_input, of_filters, _ = torch.ops.aten.convolution_backward(
-            ungroup(of_dot, groups), input, filters, None, *sides, False, (0, 0), groups, mask
-        )
+        of_input = of_filters = None
+        if need_input or need_weight:
+            mask = need_input, need_weight, False
+            of_input, of_filters, _ = torch.ops.aten.convolution_backward(
+                ungroup(of_dot, groups), input, filters, None, *sides, False, (0, 0), groups, mask
+            )
         of_weight = of_filters if of_filters is None else of_filters.to(weight.dtype)
         if need_weight and multiplier is not None:
             if of_factor is None:
@@ -283,13 +308,13 @@ class _HomogeneousResponse(Function):
                 torch.addcmul(bias, values, gain[band], out=output[band])
         return output
 
-    @staticmethod
+    @_backward
     def backward(context: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         operands, needed = context.saved_tensors, context.needs_input_grad[:3]
         degree, ratio = context.degree, context.ratio
-        if torch.is_grad_enabled():
+        if _by_definition(gradient):
             definition = partial(_homogeneous_response, degree=degree, ratio=ratio)
-            return *_gradients(definition, operands, needed, gradient, create_graph=True), None, None, None
+            return *_gradients(definition, operands, needed, gradient), None, None, None
         dot, gain, _ = operands
         of_dot, of_gain = torch.empty_like(dot), torch.empty_like(gain)
         for band in _bands(dot, dot.dim() - 2):
@@ -323,11 +348,17 @@ class _Response(Function):
             output[band] = response(dot[band], norm[band], *constants)
         return output
 
-    @staticmethod
+    @_backward
     def backward(context: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         operands, needed = context.saved_tensors, context.needs_input_grad[4:]
-        if torch.is_grad_enabled():
-            return None, None, None, None, *_gradients(context.response, operands, needed, gradient, create_graph=True)
+        if _by_definition(gradient):
+            return (
+                None,
+                None,
+                None,
+                None,
+                *_gradients(context.response, operands, needed, gradient),
+            )
         dot, norm, *constants = operands
         totals = [torch.empty_like(dot), torch.empty_like(norm)]
         totals += [None if constant is None else torch.zeros_like(constant) for constant in constants]
@@ -346,9 +377,9 @@ def _gradients(
     operands: tuple[Tensor | None, ...],
     needed: tuple[bool, ...],
     gradient: Tensor,
-    create_graph: bool = False,
 ) -> list[Tensor | None]:
     """Return the gradient of ``response`` with respect to each operand that needs one."""
+    create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
         # Views, where the graph goes on: a gradient must not follow one operand's history to another operand.
         leaves = [
@@ -466,6 +497,11 @@ def _bands(tensor: Tensor, rows: int | None) -> Iterator[tuple[slice, ...]]:
     for image in range(tensor.shape[0]):
         for row in range(0, height, step):
             yield slice(image, image + 1), *[slice(None)] * (rows - 1), slice(row, row + step)
+
+
+def _by_definition(gradient: Tensor) -> bool:
+    """Whether the backward pass is differentiated again, or takes many gradients at once (a vectorised jacobian)."""
+    return torch.is_grad_enabled() or "Batched" in torch._C._dispatch_key_set(gradient)
 
 
 def _eager() -> bool:

@@ -101,7 +101,10 @@ class Magnitude(nn.Module):
         return None
 
     def gain(self, n: Tensor, radius: Tensor | float) -> Tensor | float:
-        """Return ``h(n) / n`` before the weighting, for the radius that :meth:`effective_radius` gave."""
+        """Return ``h(n) / n`` before the weighting, for the radius that :meth:`effective_radius` gave.
+
+        It depends on learned parameters through ``radius`` alone, and is 0 only where its derivative is 0, too.
+        """
         raise NotImplementedError
 
     def effective_radius(self, n: Tensor) -> Tensor | float:

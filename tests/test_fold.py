@@ -138,9 +138,29 @@ class SharedNorm(Branching):
         return self.norm(self.norm(self.conv(images)))
 
 
-def hooked():
+class SharedBetweenParts(nn.Module):
+    """A BatchNorm with two names, of which only the second is called."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(4)
+        self.body = nn.Sequential(DecoupledConv2d(4, 4, 3), self.norm)
+
+    def forward(self, images):
+        return self.body(images)
+
+
+class Optional(Branching):
+    """What stands between convolution and BatchNorm depends on an argument with a default."""
+
+    def forward(self, images, shift=None):
+        answer = self.conv(images)
+        return self.norm(answer.relu() if shift is None else answer + shift)
+
+
+def hooked(place):
     network = nn.Sequential(DecoupledConv2d(4, 4, 3), nn.BatchNorm2d(4))
-    network[1].register_forward_hook(lambda module, inputs, output: None)
+    network[place].register_forward_hook(lambda module, inputs, output: output * 2)
     return network
 
 
@@ -154,7 +174,10 @@ KEPT = {
     "no BatchNorm alone follows": Branching,
     "used several times": Repeating,
     "norm is used several times": SharedNorm,
-    "has hooks": hooked,
+    "1 has hooks": lambda: hooked(1),
+    "it has hooks": lambda: hooked(0),
+    "norm is used in several places": SharedBetweenParts,
+    "no BatchNorm alone": Optional,
     "used in several places": tied,
     "cannot be traced": lambda: Untraceable(DecoupledConv2d(4, 4, 3)),
     "no running statistics": lambda: nn.Sequential(
@@ -176,6 +199,28 @@ def test_the_parts_of_an_untraceable_network_are_folded():
     folded, report = check_fold(Untraceable(conv_and_norm("ball_cosine")), (3, 4, 8, 8), tolerance=1e-12)
     assert [layer.norm for layer in report.layers] == ["body.1"]
     assert isinstance(folded.body[0], FoldedConv2d)
+
+
+class CalledInParts(Untraceable):
+    def forward(self, images):
+        if images.mean() > 1e6:
+            raise ValueError("too bright")
+        answer = self.body[0](images)
+        return self.body[1](answer) + answer
+
+
+def test_an_example_shows_where_folding_went_wrong():
+    images = torch.rand(2, 4, 8, 8, dtype=torch.float64)
+    fold(train_a_little(Untraceable(conv_and_norm("ball_cosine")), images.shape), example=images)
+    with pytest.raises(ValueError, match="answers differ by .* probably not called as a whole"):
+        fold(train_a_little(CalledInParts(conv_and_norm("ball_cosine")), images.shape), example=images)
+
+
+def test_pre_hooks_are_refused():
+    network = conv_and_norm("ball_cosine")
+    network[0].register_forward_pre_hook(lambda module, inputs: None)
+    with pytest.raises(ValueError, match="0 has pre-hooks, which may make its filters anew"):
+        fold(network)
 
 
 def test_a_folded_network_survives_copies_compilers_and_exporters():

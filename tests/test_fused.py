@@ -92,6 +92,46 @@ def test_answers_without_gradients_are_those_with_them(way, geometry, mode):
         torch.testing.assert_close(layer(images), expected, rtol=1e-14, atol=1e-14)
 
 
+@pytest.mark.parametrize("geometry", ["3×3", "more weights than pixels"])
+@every_way
+def test_every_gradient_alone_and_twice(way, geometry):
+    """Frozen filters, images without a gradient: each gradient is what it is beside the others, also a second time."""
+    layer, images = make_layer(way, **GEOMETRIES[geometry]).train(), make_images()
+    expected = answer_and_gradients(layer, images)
+    operands = {"images": images, **dict(layer.named_parameters())}
+    for name, operand in operands.items():
+        for other in operands.values():
+            other.requires_grad_(other is operand)
+        answer = layer(images)
+        weights = torch.linspace(-1, 1, answer.numel(), dtype=answer.dtype).view_as(answer)
+        for _ in range(2):
+            (gradient,) = torch.autograd.grad(answer, operand, weights, retain_graph=True)
+            torch.testing.assert_close(gradient, expected[name], rtol=1e-12, atol=1e-13)
+
+
+@every_way
+def test_many_gradients_at_once(way):
+    layer, images = make_layer(way, out_channels=2), make_images()[:1]
+
+    def jacobian(vectorize):
+        return torch.autograd.functional.jacobian(layer, images, vectorize=vectorize)
+
+    torch.testing.assert_close(jacobian(True), jacobian(False), rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+@every_way
+def test_half_precision_is_close_to_double(way, geometry, bias):
+    layer, images = make_layer(way, bias=bias, **GEOMETRIES[geometry]).train(), make_images()
+    expected = answer_and_gradients(layer, images)
+    with torch.autocast("cpu", torch.bfloat16):  # the backward pass is called inside, too
+        outcome = answer_and_gradients(layer.float(), images.float())
+    for name, value in outcome.items():
+        # Eight bits, and less where a sum over the batch cancels.
+        assert (value - expected[name]).abs().max() <= 2**-4 * expected[name].abs().max(), name
+
+
 OVERWRITERS = {
     "relu": nn.ReLU(inplace=True),
     "leaky_relu": nn.LeakyReLU(0.2, inplace=True),
@@ -173,7 +213,7 @@ class DeadZone(Magnitude):
         return (n - radius).clamp_min(0) / n
 
 
-def test_a_gain_of_zero_has_a_finite_and_right_gradient():
+def test_a_dead_zone_has_a_finite_and_right_gradient():
     torch.manual_seed(0)
     images, weight = make_images().requires_grad_(), torch.randn(2, 4, 1, 3, dtype=torch.float64, requires_grad=True)
     magnitude = DeadZone(radius=3.0)

@@ -195,3 +195,24 @@ def test_the_gradient_at_parallel_patches_is_finite_and_alive(angular, sign, dty
         cos = torch.tensor(sign * (1 + beyond), dtype=dtype, requires_grad=True)
         (slope,) = torch.autograd.grad(layer.angular(cos), cos)
         assert slope.isfinite() and slope > 0.01, beyond
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_nan_goes_no_further_than_in_the_plain_convolution(operator, groups):
+    layer = make_layer(operator, in_channels=4, groups=groups, padding=1).eval()
+    images = torch.randn(3, 4, 6, 7)
+    images[1, 0, 2, 3] = float("nan")
+    expected = torch.nn.Conv2d.forward(layer, images).isnan()
+    assert 0 < expected.sum() < expected.numel() / 4
+    torch.testing.assert_close(layer(images).isnan(), expected)
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_an_answer_does_not_depend_on_the_other_images(operator):
+    """Across the batch sizes at which filters or answers are multiplied by the filters' factors."""
+    layer = make_layer({"name": operator, "radius_relative": True}, in_channels=8).eval()
+    images = torch.randn(40, 8, 5, 5)
+    together = layer(images)
+    for index in (0, 17):
+        torch.testing.assert_close(layer(images[index : index + 1])[0], together[index], rtol=1e-5, atol=1e-5)

@@ -1,6 +1,5 @@
 """The README is true: its code runs, its commands exist, its tables are the registries' and the measured numbers."""
 
-import json
 import re
 import shlex
 import sys
@@ -14,7 +13,7 @@ from sklearn.datasets import load_digits
 
 import train
 import zoo
-from benchmarks import layers
+from benchmarks import report
 from operators import ANGULARS, MAGNITUDES, DecoupledConv2d
 from zoo import __main__ as command_line
 from zoo.cards import markdown_table
@@ -107,7 +106,8 @@ def test_the_table_of_checkpoints_is_what_they_record():
     assert markdown_table(header, rows) in README
 
 
-def test_the_table_of_costs_is_what_was_measured():
-    record = json.loads((ROOT / "results/layers.json").read_text(encoding="utf-8"))
-    assert markdown_table(layers.HEADER, layers.table_rows(record)) in README
-    assert record["hardware"] in README and f"torch {record['torch']}" in README
+def test_the_costs_are_what_was_measured():
+    networks, layers = report.read("models.json"), report.read("operators.json")
+    assert report.network_table(networks["rows"]) in README
+    assert networks["hardware"] in README and f"torch {networks['torch']}" in README
+    assert report.PAGE.read_text(encoding="utf-8") == report.page(layers, networks)

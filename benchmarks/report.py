@@ -1,0 +1,234 @@
+"""Write docs/performance.md and docs/growth.png from the measured numbers: python -m benchmarks.report"""
+
+import json
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.figure import Figure
+
+from benchmarks import models, operators
+from benchmarks.measure import PLAIN, RESULTS
+from zoo.cards import markdown_table
+from zoo.plots import STYLE
+
+DOCS = RESULTS.parent / "docs"
+PAGE, PICTURE = DOCS / "performance.md", DOCS / "growth.png"
+
+TEXT = """# What decoupled networks cost
+
+Times are ratios to the plain convolution or network, unless marked ms, measured in the same run: the competitors took
+turns in a new order each round, and the median of {rounds} rounds is shown. In half of the cells the quartiles are at
+most ± {spread} from it. A training step is a forward and a backward pass. Machine: {hardware}; torch {torch}; {dtype},
+channels_last. `make bench` measures all of it again and writes this page; `results/` holds the numbers with their
+quartiles. No GPU was at hand.
+
+## Where the time goes
+
+A decoupled convolution reads its input once more, for the sums of squares; the norms themselves are maps, one number
+for each patch and group, small unless there are many groups: that of a depthwise convolution is as large as its input,
+and the convolution itself so cheap that this is the worst case. With the angular function `cosine` and one radius for
+the layer, magnitude and angle are one map, by which the output is multiplied in place (or a copy of the input, where
+the kernel is 1×1 and the input is smaller). Other angular functions and a radius for each channel cost a pass over the
+output with the function in it, and its derivative in training, and the inner products are kept for it. `linear_cosine`
+needs no norm at all.
+
+## Single layers, eager
+
+Batches of {batch}. *Estimate* is what `tanh_cosine` would cost if its extra passes moved each byte once, at the
+{bandwidth:.0f} GB/s at which this machine copies a large tensor; tensors that fit its cache move faster. *Literal* is
+the formula written down with torch's operations, the norm by a convolution with a filter of ones, with automatic
+gradients; `BcosConv2d` is the B-cos package's layer, which computes what `linear_square_cosine` computes.
+
+{eager_layers}
+
+## Single layers, compiled
+
+Ratios to the compiled plain layer.
+
+{compiled_layers}
+
+## The overhead beside BcosConv2d
+
+What a training step takes beyond that of the plain layer, as a share of it, for equal mathematics.
+
+{overhead}
+
+## Networks
+
+{networks}
+
+*Folded* is the network after `operators.fold`: filters normalised once, BatchNorm inside the convolutions. The plain
+network has its BatchNorm still, which could be folded likewise.
+
+## Memory
+
+The most memory that a training step holds, parameters included, as a ratio to the plain network's.
+
+{memory}
+
+## How the cost grows
+
+A training step of `tanh_cosine` and of its plain twin, a residual network of depth 20 and widths 32-64-128 on batches
+of 8 images of 64×64 unless the axis says otherwise.
+
+![Milliseconds of a training step over batch, resolution, width and depth, decoupled and plain](growth.png)
+
+| series | ratios |
+| --- | --- |
+{growth}
+
+## Deployment
+
+```python
+from operators import fold
+
+folded, report = fold(model)
+print(report)
+```
+
+`fold` returns a copy for inference, which answers what `model` answers in evaluation mode, to rounding.
+"""
+
+
+def page(layers: Mapping[str, Any], networks: Mapping[str, Any]) -> str:
+    """Return the page in Markdown for the records that the two benchmarks wrote."""
+    return TEXT.format(
+        rounds=f"{networks['rounds']} (networks) or {layers['rounds']} (layers)",
+        spread=f"{100 * _spread([*layers['rows'], *networks['rows']]):.0f} %",
+        hardware=layers["hardware"],
+        torch=layers["torch"],
+        dtype=networks["dtype"],
+        batch=layers["batch"],
+        bandwidth=layers["gb_per_second"],
+        eager_layers=layer_table(layers["rows"], [*operators.OPERATORS, operators.LITERAL, operators.BCOS], False),
+        compiled_layers=layer_table(layers["rows"], [*operators.COMPILED, operators.BCOS], True),
+        overhead=overhead_table(layers["rows"]),
+        networks=network_table(networks["rows"]),
+        memory=memory_table(networks["rows"]),
+        growth="\n".join(_growth_rows(networks["growth"])),
+    )
+
+
+def layer_table(rows: Sequence[Mapping[str, Any]], names: Sequence[str], compiled: bool) -> str:
+    """Return the ratios of layers; a competitor that was not measured is left out."""
+    chosen = [row for row in rows if row["compiled"] == compiled]
+    names = [name for name in names if any(name in row["numbers"] for row in chosen)]
+    return markdown_table(
+        ("layer", "step", "plain, ms", "estimate", *names),
+        [
+            (
+                row["layer"],
+                _step(row),
+                _plain_ms(row),
+                f"{row['estimate']:.2f}",
+                *_ratios(row, names),
+            )
+            for row in chosen
+        ],
+    )
+
+
+def overhead_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return the overhead of a training step beside that of BcosConv2d."""
+    cells = []
+    for row in rows:
+        if row["training"] and operators.BCOS in row["numbers"]:
+            mine, theirs = (row["numbers"][name]["ratio"] - 1 for name in ("linear_square_cosine", operators.BCOS))
+            variant = "compiled" if row["compiled"] else "eager"
+            cells.append((row["layer"], variant, f"{mine:.2f}", f"{theirs:.2f}", f"{mine / theirs:.2f}"))
+    return markdown_table(("layer", "", "linear_square_cosine", "BcosConv2d", "first / second"), cells)
+
+
+def network_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return the ratios of networks."""
+    names = [*models.OPERATORS, models.FOLDED]
+    return markdown_table(
+        ("network", "step", "", "plain, ms", *names),
+        [
+            (
+                f"{row['network']}, {row['batch']} × {row['size']}×{row['size']}",
+                _step(row),
+                "compiled" if row["compiled"] else "eager",
+                _plain_ms(row),
+                *_ratios(row, names),
+            )
+            for row in rows
+        ],
+    )
+
+
+def memory_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return the ratios of the peak memory of training steps."""
+    return markdown_table(
+        ("network", "", *models.OPERATORS),
+        [
+            (
+                f"{row['network']}, {row['batch']} × {row['size']}×{row['size']}",
+                "compiled" if row["compiled"] else "eager",
+                *(f"{row['numbers'][name]['memory']:.2f}" for name in models.OPERATORS),
+            )
+            for row in rows
+            if row["training"]
+        ],
+    )
+
+
+@matplotlib.rc_context(STYLE)
+def draw_growth(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Write a PNG of the milliseconds of both networks over each series."""
+    figure = Figure(figsize=(12, 3.2), layout="constrained")
+    for axes, series in zip(figure.subplots(1, len(models.SERIES)), models.SERIES, strict=True):
+        chosen = [row for row in rows if row["series"] == series]
+        values = [row["value"] for row in chosen]
+        for name, style in ((PLAIN, "k--"), ("tanh_cosine", "tab:blue")):
+            axes.plot(values, [row["numbers"][name]["ms"] for row in chosen], style, marker="o", label=name)
+        axes.set(xscale="log", yscale="log", xlabel=series)
+        axes.set_xticks(values, [str(value) for value in values])
+        axes.minorticks_off()
+    figure.axes[0].set_ylabel("milliseconds a training step")
+    figure.axes[0].legend(frameon=False)
+    figure.savefig(path, dpi=110)
+
+
+def _growth_rows(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    for series in models.SERIES:
+        chosen = [row for row in rows if row["series"] == series]
+        ratios = ", ".join(f"{row['value']}: {row['numbers']['tanh_cosine']['ratio']:.2f}" for row in chosen)
+        yield f"| {series} | {ratios} |"
+
+
+def _spread(rows: Sequence[Mapping[str, Any]]) -> float:
+    """Return the median over the cells of half the distance between the quartiles, as a share of the ratio."""
+    numbers = [number for row in rows for name, number in row["numbers"].items() if name != PLAIN]
+    return statistics.median((number["high"] - number["low"]) / 2 / number["ratio"] for number in numbers)
+
+
+def _ratios(row: Mapping[str, Any], names: Sequence[str]) -> list[str]:
+    return [f"{row['numbers'][name]['ratio']:.2f}" if name in row["numbers"] else "" for name in names]
+
+
+def _plain_ms(row: Mapping[str, Any]) -> str:
+    return f"{row['numbers'][PLAIN]['ms']:.1f}"
+
+
+def _step(row: Mapping[str, Any]) -> str:
+    return "train" if row["training"] else "infer"
+
+
+def read(name: str) -> dict[str, Any]:
+    """Return a record of ``results/``."""
+    return json.loads((RESULTS / name).read_text(encoding="utf-8"))
+
+
+def main() -> None:
+    layers, networks = read("operators.json"), read("models.json")
+    draw_growth(networks["growth"], PICTURE)
+    PAGE.write_text(page(layers, networks), encoding="utf-8")
+    print(f"written: {PAGE}, {PICTURE}")
+
+
+if __name__ == "__main__":
+    main()
