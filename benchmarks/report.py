@@ -20,10 +20,10 @@ PAGE, PICTURE = DOCS / "performance.md", DOCS / "growth.png"
 TEXT = """# What decoupled networks cost
 
 Times are ratios to the plain convolution or network, unless marked ms, measured in the same run: the competitors took
-turns in a new order each round, and the median of {rounds} rounds is shown. In half of the cells the quartiles are at
-most ± {spread} from it. A training step is a forward and a backward pass. Machine: {hardware}; torch {torch}; {dtype},
-channels_last. `make bench` measures all of it again and writes this page; `results/` holds the numbers with their
-quartiles. No GPU was at hand.
+turns in a new order each round, and the median of {rounds} rounds is shown.
+In half of the cells the quartiles are at most ± {spread} from it. A training step is a forward and a backward pass.
+Machine: {hardware}; torch {torch}; {dtype}, channels_last. `make bench` measures all of it again and writes this page;
+`results/` holds the numbers with their quartiles. No GPU was at hand.
 
 ## Where the time goes
 
@@ -179,8 +179,8 @@ def memory_table(rows: Sequence[Mapping[str, Any]]) -> str:
 @matplotlib.rc_context(STYLE)
 def draw_growth(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Write a PNG of the milliseconds of both networks over each series."""
-    figure = Figure(figsize=(12, 3.2), layout="constrained")
-    for axes, series in zip(figure.subplots(1, len(models.SERIES)), models.SERIES, strict=True):
+    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    for axes, series in zip(figure.subplots(1, len(models.SERIES), sharey=True), models.SERIES, strict=True):
         chosen = [row for row in rows if row["series"] == series]
         values = [row["value"] for row in chosen]
         for name, style in ((PLAIN, "k--"), ("tanh_cosine", "tab:blue")):
