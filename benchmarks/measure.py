@@ -49,6 +49,28 @@ def compare(steps: Mapping[str, Step], rounds: int, warm_up: int = 3) -> dict[st
     return numbers
 
 
+def compete(
+    networks: Mapping[str, nn.Module], images: Tensor, *, training: bool, compiled: bool, rounds: int
+) -> dict[str, dict[str, float]]:
+    """Return what :func:`compare` says of networks, and their peak memory as a ratio to that of ``"plain"``.
+
+    They are moved to the device, dtype and memory format of ``images``, channels last, and compiled there.
+    """
+    torch.compiler.reset()
+    make_step = training_step if training else inference_step
+    steps, peaks = {}, {}
+    for name, network in networks.items():
+        network.to(images.device, images.dtype, memory_format=torch.channels_last)
+        if compiled:
+            network.compile(fullgraph=True, dynamic=False)
+        steps[name] = make_step(network, images)
+        peaks[name] = peak_bytes(steps[name], network, images)
+    numbers = compare(steps, rounds)
+    for name, peak in peaks.items():
+        numbers[name]["memory"] = peak / peaks[PLAIN]
+    return numbers
+
+
 def training_step(network: nn.Module, images: Tensor) -> Step:
     """Return one forward and backward pass as a function; the gradient of the answer is the same in every call."""
     network.train()

@@ -49,21 +49,10 @@ def measure_network(
     """Return the numbers of networks for images of this shape: times, ratios to ``"plain"``, peak memory as a ratio."""
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     images = torch.rand(shape, device=device, dtype=dtype).to(memory_format=torch.channels_last)
-    make_step = measure.training_step if training else measure.inference_step
-    steps, peaks = {}, {}
-    torch.compiler.reset()
-    for name, network in networks.items():
-        network = copy.deepcopy(network).to(device, dtype, memory_format=torch.channels_last)
-        if compiled:
-            network.compile(fullgraph=True, dynamic=False)
-        steps[name] = make_step(network, images)
-        peaks[name] = measure.peak_bytes(steps[name], network, images)
-    numbers = measure.compare(steps, rounds)
-    for name, peak in peaks.items():
-        numbers[name] |= {
-            "memory": peak / peaks[measure.PLAIN],
-            "images_per_second": 1e3 * shape[0] / numbers[name]["ms"],
-        }
+    copies = {name: copy.deepcopy(network) for name, network in networks.items()}
+    numbers = measure.compete(copies, images, training=training, compiled=compiled, rounds=rounds)
+    for number in numbers.values():
+        number["images_per_second"] = 1e3 * shape[0] / number["ms"]
     return numbers
 
 

@@ -118,18 +118,7 @@ def measure_layer(
         networks[LITERAL] = LiteralTanhCosine(**layer.arguments)
     if importlib.util.find_spec("bcos"):
         networks[BCOS] = bcos_twin(networks["linear_square_cosine"], layer)
-    make_step = measure.training_step if training else measure.inference_step
-    steps, peaks = {}, {}
-    torch.compiler.reset()
-    for name, network in networks.items():
-        network.to(device, dtype, memory_format=torch.channels_last)
-        if compiled:
-            network.compile(fullgraph=True, dynamic=False)
-        steps[name] = make_step(network, images)
-        peaks[name] = measure.peak_bytes(steps[name], network, images)
-    numbers = measure.compare(steps, rounds)
-    for name, peak in peaks.items():
-        numbers[name]["memory"] = peak / peaks[measure.PLAIN]
+    numbers = measure.compete(networks, images, training=training, compiled=compiled, rounds=rounds)
     return {
         "layer": layer.name,
         "training": training,

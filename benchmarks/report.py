@@ -85,11 +85,12 @@ of 8 images of 64×64 unless the axis says otherwise.
 ```python
 from operators import fold
 
-folded, report = fold(model)
+folded, report = fold(model, example=images)
 print(report)
 ```
 
-`fold` returns a copy for inference, which answers what `model` answers in evaluation mode, to rounding.
+`fold` returns a copy for inference, which answers what `model` answers in evaluation mode, to rounding; given images as
+an example, it makes sure.
 """
 
 
