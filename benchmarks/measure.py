@@ -1,6 +1,7 @@
 """Timing and memory that the benchmarks share: every ratio comes from one run, with the competitors taking turns."""
 
 import argparse
+import fnmatch
 import gc
 import json
 import os
@@ -8,7 +9,7 @@ import platform
 import random
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -126,13 +127,19 @@ def bytes_per_second(device: torch.device) -> float:
     return 2 * source.nbytes / seconds
 
 
-def arguments(description: str, output: str, rounds: int) -> argparse.Namespace:
-    """Parse the command line that every benchmark has, and set the number of threads."""
+def arguments(description: str, output: str, rounds: int, names: Sequence[str]) -> argparse.Namespace:
+    """Parse the command line that every benchmark has, and set the number of threads.
+
+    Args:
+        output: the file in ``results/`` for the whole of ``names``; a part of them needs another one.
+        names: what can be measured.
+    """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=rounds, help="interleaved repeats (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads (default: %(default)s)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
-    parser.add_argument("--only", default="*", metavar="GLOB", help="measure only what has such a name")
+    parser.add_argument("--only", default="*", metavar="GLOB", help="measure only what has such a name; see --list")
+    parser.add_argument("--list", action="store_true", help="print the names that --only takes, and measure nothing")
     parser.add_argument("--no-compile", dest="compile", action="store_false", help="leave torch.compile out")
     parser.add_argument(
         "--output", type=Path, default=RESULTS / output, help="the JSON file (default: results/" + output + ")"
@@ -140,6 +147,12 @@ def arguments(description: str, output: str, rounds: int) -> argparse.Namespace:
     parsed = parser.parse_args()
     if parsed.rounds < 3:
         parser.error(f"--rounds must be at least 3 for a median and quartiles, got {parsed.rounds}")
+    if parsed.list:
+        parser.exit(message="\n".join(names) + "\n")
+    if not fnmatch.filter(names, parsed.only):
+        parser.error(f"--only {parsed.only!r} matches nothing of: {'; '.join(names)}")
+    if parsed.only != "*" and parsed.output == RESULTS / output:
+        parser.error(f"--only measures a part of what results/{output} holds; name another file (--output)")
     torch.set_num_threads(parsed.threads)
     return parsed
 

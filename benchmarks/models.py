@@ -108,7 +108,7 @@ def measure_growth(only: str, rounds: int, device: torch.device) -> list[dict[st
 
 
 def main() -> None:
-    parsed = measure.arguments(__doc__, "models.json", rounds=9)
+    parsed = measure.arguments(__doc__, "models.json", rounds=9, names=[*NETWORKS, *SERIES])
     warnings.filterwarnings("ignore", module="torch")
     device = torch.device(parsed.device)
     torch.manual_seed(0)

@@ -149,7 +149,7 @@ def bcos_twin(layer: nn.Module, shape: Layer) -> nn.Module:
 
 
 def main() -> None:
-    parsed = measure.arguments(__doc__, "operators.json", rounds=15)
+    parsed = measure.arguments(__doc__, "operators.json", rounds=15, names=[layer.name for layer in LAYERS])
     warnings.filterwarnings("ignore", module="torch")
     device = torch.device(parsed.device)
     batch, dtype = (8, torch.float32) if device.type == "cpu" else (64, torch.bfloat16)
@@ -166,7 +166,12 @@ def main() -> None:
                 rows.append(row)
                 ratios = {name: f"{number['ratio']:.2f}" for name, number in row["numbers"].items()}
                 print(layer.name, "train" if training else "infer", "compiled" if compiled else "eager", ratios)
-    record = {**measure.describe(parsed), "batch": batch, "dtype": str(dtype), "gb_per_second": bandwidth / 1e9}
+    record = {
+        **measure.describe(parsed),
+        "batch": batch,
+        "dtype": str(dtype).removeprefix("torch."),
+        "gb_per_second": bandwidth / 1e9,
+    }
     measure.write({**record, "rows": rows}, parsed.output)
 
 

@@ -107,6 +107,8 @@ def convert_decoupled(
             Nothing is changed then.
     """
     config = OperatorConfig.parse(operator)
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"convert_decoupled takes a network, got {model!r}; timm.create_model(NAME) makes one")
     _refuse_wrappers(model)
     modules = _named_convolutions(model)
     _refuse_second_conversion(modules)

@@ -98,9 +98,14 @@ def fold(model: nn.Module, example: Tensor | None = None) -> tuple[nn.Module, Fo
         example: images on which the folded copy is compared with ``model``.
 
     Raises:
-        ValueError: ``model`` has no decoupled convolution; one has pre-hooks, which may make its filters anew; or the
-            answers to ``example`` differ by more than 1e-3 of the largest.
+        TypeError: ``model`` is no module.
+        ValueError: ``model`` is folded already or has no decoupled convolution; one has pre-hooks, which may make its
+            filters anew; or the answers to ``example`` differ by more than 1e-3 of the largest.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"fold takes a network, got {model!r}")
+    if any(isinstance(module, FoldedConv2d) for module in model.modules()):
+        raise ValueError(f"{type(model).__name__} is folded already; fold the network that it was made of")
     original, model = model, copy.deepcopy(model).eval().requires_grad_(False)
     names: dict[DecoupledConv2d, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):

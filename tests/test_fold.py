@@ -238,5 +238,9 @@ def test_a_folded_network_survives_copies_compilers_and_exporters():
 
 
 def test_nothing_to_fold_is_an_error():
+    with pytest.raises(ValueError, match="Sequential is folded already; fold the network that it was made of"):
+        fold(fold(conv_and_norm("ball_cosine"))[0])
+    with pytest.raises(TypeError, match="fold takes a network, got 'resnet18'"):
+        fold("resnet18")
     with pytest.raises(ValueError, match="Sequential has no DecoupledConv2d; see convert_decoupled"):
         fold(nn.Sequential(nn.Conv2d(1, 1, 1)))

@@ -372,7 +372,8 @@ def _check_spec(model: ImageModel, logits: list[list[float]]) -> None:
         problems = ["other answers"]
     raise ValueError(
         f"the network is not what its spec describes, {model.spec.architecture} with {model.spec.operator_name} (was "
-        f"it converted, folded or cast since zoo.build made it?), so it could not be loaded again: {_listed(problems)}"
+        "it converted, folded or cast since zoo.build made it?), so it could not be loaded again; save it as it was, "
+        f"and fold or cast it after loading: {_listed(problems)}"
     )
 
 

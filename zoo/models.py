@@ -300,7 +300,7 @@ def _class_names(class_names: Sequence[str] | None, num_classes: int | None) -> 
     if num_classes is not None and num_classes != len(class_names):
         raise ValueError(f"num_classes={num_classes}, but there are {len(class_names)} class names")
     if not class_names:
-        raise ValueError("a model needs at least one class")
+        raise ValueError("a model needs at least one class (num_classes, class_names), got none")
     return tuple(class_names)
 
 
