@@ -34,8 +34,8 @@ and the convolution itself so cheap that this is the worst case. With the angula
 the layer, magnitude and angle are one map, by which the output is multiplied in place (or a copy of the input, where
 the kernel is 1×1 and the input is smaller). Other angular functions and a radius for each channel cost a pass over the
 output with the function in it, and its derivative in training, and the inner products are kept for it. `linear_cosine`
-needs no norm at all. In a depthwise layer `tanh` is taken of as many numbers as there are outputs; `linear_square_cosine`,
-which has none, shows what that costs.
+needs no norm at all. In a depthwise layer `tanh` is taken of as many numbers as there are outputs;
+`linear_square_cosine`, which has none, shows what that costs.
 
 A *learned radius* is one for the layer, a *radius by channel* one for each output channel, and *the authors' radius* is
 by channel and relative to the running mean of the norms.
