@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from lightning.pytorch.callbacks import RichProgressBar
 from PIL import Image
 from sklearn.datasets import load_digits
 
@@ -20,7 +19,6 @@ import zoo
 from zoo import __main__ as command_line
 from zoo.checkpoints import PRETRAINED
 from zoo.classifier import Classifier
-from zoo.cli import TRAINER_DEFAULTS
 from zoo.data import DATA
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -46,8 +44,6 @@ def run(monkeypatch, capsys, caplog, tmp_path):
 
     def run_main(*words, main=train.main):
         monkeypatch.setattr(sys, "argv", ["train.py", *map(str, words)])
-        # The bar is made anew, for a bar belongs to one trainer.
-        monkeypatch.setitem(TRAINER_DEFAULTS, "callbacks", [RichProgressBar()])
         capsys.readouterr()
         caplog.clear()
         status = 0

@@ -14,11 +14,12 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from sklearn.datasets import load_digits
-from torch.utils.data import DataLoader, DistributedSampler
+from torch.utils.data import DataLoader
 from torchvision import datasets
 
 import zoo.data
-from zoo.data import augment_batch, build_data, random_flip, random_shift
+from zoo.augmentation import augment_batch, random_cutout, random_flip, random_shift
+from zoo.data import build_data
 from zoo.transforms import ImageTransform
 
 SPLITS = ("train", "val", "test")
@@ -219,10 +220,11 @@ def test_images_in_memory_are_decoded_once(limit, workers, decoded, tmp_path, mo
     data.setup("fit")
     data.setup("test")
     loaders = [data.train_dataloader(), data.val_dataloader()]
-    assert [loader.num_workers for loader in loaders] == [workers] * 2
+    assert [getattr(loader, "num_workers", 0) for loader in loaders] == [workers] * 2
     for loader in loaders * 3:
-        in_process = DataLoader(loader.dataset, batch_sampler=loader.batch_sampler, collate_fn=loader.collate_fn)
-        assert sum(len(labels) for _, labels in in_process) == len(loader.dataset)
+        if workers:
+            loader = DataLoader(loader.dataset, batch_sampler=loader.batch_sampler, collate_fn=loader.collate_fn)
+        assert sum(len(labels) for _, labels in loader) == len(loader.dataset)
     assert collections.Counter(calls) == {tmp_path / "train" / c / f"{i}.png": decoded for c in "ab" for i in range(4)}
 
 
@@ -286,7 +288,10 @@ def test_unreadable_images_are_counted_and_named(tmp_path):
         ({"val_fraction": 0}, r"share in \(0, 0.5\] .* got 0"),
         ({"val_fraction": 0.6}, "got 0.6"),
         ({"val_fraction": float("nan")}, "got nan"),
-        ({"augment": "crops"}, "unknown augment 'crops'. Did you mean 'crop'. Choose one of: crop, crop_flip, none"),
+        (
+            {"augment": "crops"},
+            "unknown augment 'crops'. Did you mean 'crop'. Choose one of: crop, crop_flip, crop_flip_cutout, none",
+        ),
     ],
 )
 def test_arguments_out_of_range_are_told(arguments, message, tmp_path):
@@ -375,6 +380,21 @@ def test_augmentation_gives_all_that_it_may(augment, size, outcomes):
     assert len(augmented.unique(dim=0)) == outcomes and (augmented is images) == (augment == "none")
 
 
+def test_random_cutout_blackens_one_square_that_may_be_cut_off_at_the_edge():
+    images = torch.ones(4000, 2, 8, 6, dtype=torch.uint8)
+    cut = random_cutout(images, 4, torch.Generator().manual_seed(0))
+    outcomes = cut.unique(dim=0)
+    assert torch.equal(cut[:, 0], cut[:, 1]) and images.all() and cut.dtype == torch.uint8
+    black = outcomes[:, 0] == 0
+    for square in black:
+        rows, columns = square.any(1).nonzero(), square.any(0).nonzero()
+        top, bottom, left, right = rows.min(), rows.max() + 1, columns.min(), columns.max() + 1
+        assert square[top:bottom, left:right].all() and square.sum() == (bottom - top) * (right - left)
+        assert (bottom - top == 4 or top == 0 or bottom == 8) and (right - left == 4 or left == 0 or right == 6)
+    # The centre is any pixel.
+    assert len(outcomes) == 8 * 6
+
+
 def test_only_training_images_are_augmented_and_all_become_floats():
     images, labels = torch.from_numpy(noise(64, 1, 8, 8)), torch.arange(64)
     data = build_data("Digits")
@@ -421,10 +441,39 @@ def test_the_last_small_batch_is_dropped_but_never_the_only_one(batch_size):
     batches = [len(labels) for _, labels in data.train_dataloader()]
     assert batches == [min(batch_size, 1293)] * max(1, 1293 // batch_size)
     for processes in (2, 3, 8):
-        data.trainer = types.SimpleNamespace(world_size=processes)
+        data.trainer = fake_trainer(processes, rank=processes - 1)
         loader = data.train_dataloader()
-        sampler = DistributedSampler(loader.dataset, processes, rank=processes - 1)
-        assert len(DataLoader(loader.dataset, batch_size, sampler=sampler, drop_last=loader.drop_last)) > 0
+        assert len(loader) == len(list(loader)) > 0
+
+
+def fake_trainer(processes, rank):
+    strategy = types.SimpleNamespace(root_device=torch.device("cpu"))
+    return types.SimpleNamespace(world_size=processes, global_rank=rank, strategy=strategy)
+
+
+def test_processes_share_the_images_of_an_epoch():
+    data = build_data("Digits", batch_size=100)
+    images = []
+    for rank in range(3):
+        data.trainer = fake_trainer(3, rank)
+        images += [image for batch, _ in data.val_dataloader() for image in batch]
+    assert count(torch.stack(images).numpy(), torch.zeros(144)) == count(
+        data.split("val").images.numpy(), torch.zeros(144)
+    )
+
+
+def test_the_order_of_an_epoch_depends_on_seed_and_epoch_alone(monkeypatch):
+    def orders(seed, epochs):
+        monkeypatch.setenv("PL_GLOBAL_SEED", str(seed))
+        loader = build_data("Digits").train_dataloader()
+        found = []
+        for epoch in epochs:
+            loader.sampler.set_epoch(epoch)
+            found.append(torch.cat([labels for _, labels in loader]).tolist())
+        return found
+
+    first, second = orders(0, [0, 1])
+    assert [second] == orders(0, [1]) and first != second and [first] != orders(1, [0])
 
 
 def test_a_rare_class_has_a_validation_image():

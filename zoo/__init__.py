@@ -8,6 +8,7 @@ from zoo.checkpoints import (
     list_checkpoints,
     load,
     load_untrained,
+    round_weights,
     save,
     verify,
 )
@@ -24,6 +25,7 @@ __all__ = [
     "list_checkpoints",
     "load",
     "load_untrained",
+    "round_weights",
     "save",
     "verify",
 ]

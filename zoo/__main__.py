@@ -2,30 +2,25 @@
 
 import argparse
 import functools
-import inspect
 import re
 import sys
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
 import zoo
-from operators.lookup import look_up, unknown_name
+from operators.lookup import unknown_name
 from zoo.cards import markdown_table, model_card
 from zoo.checkpoints import CARD, PRETRAINED, read_config
-from zoo.classifier import read_lightning_checkpoint, read_record
 from zoo.cli import readable_errors
-from zoo.data import DATA, Digits, ImageData
-from zoo.models import ModelSpec
+from zoo.data import Digits
+from zoo.export import export, recorded_data
 from zoo.plots import plot_operators, plot_predictions
+from zoo.training import Device, train_zoo
 
 ROOT = Path(__file__).resolve().parent.parent
-
-# Arguments of data modules that hold on one machine only, or for one use.
-MACHINE_ARGUMENTS = ("root", "predict", "download", "num_workers", "memory_limit_mb")
 
 
 def main() -> None:
@@ -52,8 +47,17 @@ def main() -> None:
     command.add_argument("name", help="<data>_<architecture>_<operator>, e.g. digits_cnn6_tanh_cosine")
     command.add_argument("--to", type=Path, default=PRETRAINED, help="parent of the new folder (default: embedded)")
     command.add_argument("--root", help="the folder of the images, if it has moved since the training")
+    command.add_argument("--half", action="store_true", help="store the weights in float16, rounded before measuring")
     command.add_argument("--overwrite", action="store_true", help="replace a folder that exists")
-    command.set_defaults(function=export)
+    command.set_defaults(function=export_checkpoint)
+
+    command = commands.add_parser("train-zoo", help="train, export and verify every recipe that has no checkpoint yet")
+    command.add_argument("--only", default="*", metavar="GLOB", help="only recipes with such a name")
+    command.add_argument("--minutes", type=float, default=float("inf"), help="stop cleanly before they are over")
+    command.add_argument("--epochs", type=int, help="train so many, in place of each recipe's own number")
+    command.add_argument("--to", type=Path, default=PRETRAINED, help="parent of the new folders (default: embedded)")
+    add_device(command)
+    command.set_defaults(function=train_all)
 
     command = commands.add_parser("demo", help="load a Digits checkpoint by torch.hub and classify held-out digits")
     command.add_argument("folder", help="a checkpoint folder or name, trained on Digits")
@@ -100,7 +104,7 @@ def verify(arguments: argparse.Namespace) -> None:
             if "data" not in config["training"] or not config["metrics"]:
                 raise ValueError(f"{name} does not record what was measured on which data, so it cannot be checked")
             split = config["metrics"][-1]["split"]
-            batches = _data(config["training"]["data"], arguments.root).evaluation_batches(split)
+            batches = recorded_data(config["training"]["data"], arguments.root).evaluation_batches(split)
         problems = zoo.verify(name, batches, split)
         print(f"{name}: {'ok' if not problems else '; '.join(problems)}")
         failed = failed or bool(problems)
@@ -114,32 +118,31 @@ def write_cards(arguments: argparse.Namespace) -> None:
         print(f"written: {folder / CARD}")
 
 
-def export(arguments: argparse.Namespace) -> None:
-    saved = read_lightning_checkpoint(arguments.checkpoint)
-    record = read_record(saved)
-    spec = ModelSpec.from_dict(record["spec"])
-    expected = f"{spec.architecture}_{spec.operator_name}"
-    if not arguments.name.endswith(f"_{expected}"):
-        raise ValueError(f"a checkpoint of this network is called <data>_{expected}, got {arguments.name!r}")
+def export_checkpoint(arguments: argparse.Namespace) -> None:
     folder = arguments.to / arguments.name
-    if folder.exists() and not arguments.overwrite:
-        raise FileExistsError(f"{folder} exists; choose another name or parent (--to), or replace it (--overwrite)")
-    model = spec.build()
-    prefix = "model."
-    model.load_state_dict(
-        {key.removeprefix(prefix): value for key, value in saved["state_dict"].items() if key.startswith(prefix)}
-    )
-    data = _data(record["data"], arguments.root)
-    metrics = []
-    # A folder without test images has only validation accuracy to show.
-    splits = ("val",) if data.split("test") is data.split("val") else ("val", "test")
-    for split in splits:
-        value, images = zoo.accuracy(model, data.evaluation_batches(split))
-        metrics.append(zoo.Metric("accuracy", value, data.title, split, images))
-        print(f"accuracy {value:.4f} on {data.title}, {split} split, {images:,} images")
-    training = {**record["training"], "data": _portable(record["data"])}
-    zoo.save(model, folder, metrics=metrics, training=training, licence=data.licence, overwrite=arguments.overwrite)
+    precision = "float16" if arguments.half else "float32"
+    settings = {"root": arguments.root, "precision": precision, "overwrite": arguments.overwrite}
+    for metric in export(arguments.checkpoint, folder, **settings):
+        print(f"accuracy {metric.value:.4f} on {metric.dataset}, {metric.split} split, {metric.images:,} images")
     print(f"written: {folder}")
+
+
+def add_device(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--device", default="auto", help="auto, cpu or cuda (default: %(default)s)")
+    command.add_argument(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        help="use torch.compile, and on a CPU that has it bfloat16 (default: on GPUs only)",
+    )
+
+
+def train_all(arguments: argparse.Namespace) -> None:
+    for name, value in (("--minutes", arguments.minutes), ("--epochs", arguments.epochs)):
+        if value is not None and value <= 0:
+            raise ValueError(f"{name} must be more than 0, got {value}")
+    device = Device.choose(arguments.device, arguments.compile)
+    settings = {"minutes": arguments.minutes, "epochs": arguments.epochs, "to": arguments.to}
+    sys.exit(int(not train_zoo(arguments.only, device=device, **settings)))
 
 
 def demo(arguments: argparse.Namespace) -> None:
@@ -171,25 +174,6 @@ def demo(arguments: argparse.Namespace) -> None:
 def curves(arguments: argparse.Namespace) -> None:
     plot_operators(arguments.output)
     print(f"picture: {arguments.output}")
-
-
-def _data(record: dict[str, Any], root: str | None) -> ImageData:
-    arguments = dict(record["arguments"])
-    kind = look_up(DATA, record["name"], "data set")
-    parameter = inspect.signature(kind).parameters.get("root")
-    if root is not None and parameter:
-        arguments["root"] = root
-    if parameter and parameter.default is parameter.empty and "root" not in arguments:
-        raise ValueError(f"no folder is recorded for the images ({record['name']}): name it (--root FOLDER)")
-    return kind(**arguments)
-
-
-def _portable(record: dict[str, Any]) -> dict[str, Any]:
-    """Return the description of a data module without what is this machine's own."""
-    arguments = {
-        key: value for key, value in record["arguments"].items() if key not in MACHINE_ARGUMENTS and value is not None
-    }
-    return {"name": record["name"], "arguments": arguments}
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import csv
 import os
 import shlex
+import time
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,55 @@ class LastCheckpoint(Checkpoint):
     def _folder(self, trainer: L.Trainer) -> str | None:
         """Return where ``ModelCheckpoint`` writes; None as long as it does not know itself."""
         return next(callback.dirpath for callback in trainer.callbacks if isinstance(callback, ModelCheckpoint))
+
+
+class StopInTime(Callback):
+    """Stop after the last epoch that leaves time for another one as long as it.
+
+    Args:
+        deadline: when to be done, on the clock of ``time.monotonic``.
+    """
+
+    def __init__(self, deadline: float) -> None:
+        self.deadline = deadline
+        self.started = 0.0
+
+    def on_train_epoch_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self.started = time.monotonic()
+
+    def on_train_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        now = time.monotonic()
+        if now + (now - self.started) > self.deadline:
+            trainer.should_stop = True
+
+
+class EpochLines(Callback):
+    """Print one line an epoch and keep what it says.
+
+    Args:
+        name: what is trained, at the beginning of each line.
+
+    Attributes:
+        epochs: for each epoch its number, the metrics and the seconds it took.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.started = 0.0
+        self.epochs: list[dict[str, float]] = []
+
+    def on_train_epoch_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self.started = time.monotonic()
+
+    def on_train_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        metrics = {name: round(value.item(), 4) for name, value in trainer.callback_metrics.items()}
+        seconds = round(time.monotonic() - self.started, 1)
+        self.epochs.append({"epoch": trainer.current_epoch + 1, **metrics, "seconds": seconds})
+        numbers = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+        print(
+            f"{self.name}: epoch {trainer.current_epoch + 1} of {trainer.max_epochs}, {numbers}, {seconds:.1f} s",
+            flush=True,
+        )
 
 
 class PredictionTable(BasePredictionWriter):

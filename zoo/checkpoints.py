@@ -18,7 +18,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from operators.lookup import unknown_name
+from operators.lookup import look_up, unknown_name
 from zoo.cards import model_card
 from zoo.models import ImageModel, ModelSpec
 
@@ -31,6 +31,9 @@ LARGEST_HEADER, MOST_TENSORS = 1 << 20, 5000
 
 # Arguments of timm that fetch or unpickle weights; a checkpoint has its own.
 FOREIGN_SOURCES = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"}
+
+# How the floating-point tensors of a network are stored; they are loaded as the network has them.
+PRECISIONS = {"float32": torch.float32, "float16": torch.float16}
 
 # Logits of the same weights differ by rounding between machines and releases of torch; relative to the largest logit.
 FINGERPRINT_TOLERANCE = 1e-4
@@ -80,7 +83,7 @@ def load(
     folder = find(where)
     config = read_config(folder)
     model = _build(config, folder)
-    model.network.load_state_dict(_read_weights(folder, config["sha256"], model.network.state_dict()))
+    model.network.load_state_dict(_read_weights(folder, config, model.network.state_dict()))
     model.eval()
     if in_chans not in (None, model.spec.in_chans):
         if in_chans < 1:
@@ -116,6 +119,7 @@ def save(
     metrics: Sequence[Metric] = (),
     training: Mapping[str, Any] | None = None,
     licence: str = "MIT",
+    precision: str = "float32",
     overwrite: bool = False,
 ) -> Path:
     """Write ``model`` as a checkpoint folder, all of it or nothing, and return the folder.
@@ -125,19 +129,22 @@ def save(
         metrics: what was measured.
         training: how it was trained, as JSON-able values: command, seed, commit, hardware, ...
         licence: of the weights, as an SPDX identifier or in words.
+        precision: how weights are stored: "float32", or "float16" in half the space, for a model that
+            :func:`round_weights` has rounded: what was measured holds of the stored weights only.
         overwrite: replace a folder that exists.
 
     Raises:
         FileExistsError: the folder exists and ``overwrite`` is false.
-        ValueError: weights that are not finite, a model that is no ``ImageModel``, or one whose network is no longer
-            what its ``spec`` describes, as after ``fold``: it could not be loaded again.
+        ValueError: weights that are not finite or not exact in ``precision``, a model that is no ``ImageModel``, or one
+            whose network is no longer what its ``spec`` describes, as after ``fold``: it could not be loaded again.
     """
+    dtype = look_up(PRECISIONS, precision, "precision")
     folder = Path(folder)
     if not isinstance(model, ImageModel):
         raise ValueError(f"save takes a model that build or load made, got {type(model).__name__}")
     if folder.exists() and not overwrite:
         raise FileExistsError(f"{folder} exists; choose another name, or pass overwrite=True to replace it")
-    weights = _serialise(model.network)
+    weights = _serialise(model.network, dtype)
     logits = fingerprint(model)
     _check_spec(model, logits)
     config = {
@@ -148,6 +155,7 @@ def save(
         "training": dict(training or {}),
         "licence": licence,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "precision": precision,
         "sha256": hashlib.sha256(weights).hexdigest(),
         "fingerprint": logits,
     }
@@ -160,6 +168,14 @@ def save(
         (draft / CARD).write_text(model_card(config), encoding="utf-8")
         _put_in_place(draft, folder, old=Path(scratch) / "old")
     return folder
+
+
+def round_weights(model: nn.Module) -> None:
+    """Round every floating-point parameter and buffer, in place, to what float16 can hold; the dtypes stay."""
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            if tensor.is_floating_point():
+                tensor.copy_(tensor.half())
 
 
 def verify(
@@ -280,6 +296,7 @@ _FIELDS: dict[str, type | tuple[type, ...]] = {
     "training": dict,
     "licence": str,
     "parameters": int,
+    "precision": str,
     "sha256": str,
     "fingerprint": list,
 }
@@ -307,18 +324,27 @@ def _build(config: dict[str, Any], folder: Path) -> ImageModel:
         raise CheckpointError(f"{folder / CONFIG} describes no model that can be built: {error}") from error
 
 
-def _serialise(network: nn.Module) -> bytes:
+def _serialise(network: nn.Module, dtype: torch.dtype) -> bytes:
     tensors = {}
     for name, tensor in network.state_dict().items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise ValueError(f"{name} has values that are not finite; a checkpoint is not written from them")
         # A copy of its own, since safetensors refuses tensors that share memory.
-        tensors[name] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        stored = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        if dtype == torch.float16 and tensor.is_floating_point():
+            stored = stored.half()
+            if not torch.equal(stored.to(tensor.dtype), tensor.detach().cpu()):
+                raise ValueError(f"{name} is not exact in float16; round the model before it is measured and saved")
+        tensors[name] = stored
     return safetensors.torch.save(tensors)
 
 
-def _read_weights(folder: Path, sha256: str, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    path = folder / WEIGHTS
+def _read_weights(folder: Path, config: dict[str, Any], network: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    path, sha256 = folder / WEIGHTS, config["sha256"]
+    dtype = PRECISIONS.get(config["precision"])
+    if dtype is None:
+        legal = ", ".join(PRECISIONS)
+        raise CheckpointError(f"{folder / CONFIG} has precision {config['precision']!r}; this version reads {legal}")
     if not path.is_file():
         raise CheckpointError(f"{path} is missing; fetch the checkpoint again")
     # Bytes, not a map: a mapped file that is cut short later kills the process.
@@ -333,6 +359,10 @@ def _read_weights(folder: Path, sha256: str, expected: Mapping[str, Tensor]) -> 
         tensors = safetensors.torch.load(data)
     except safetensors.SafetensorError as error:
         raise CheckpointError(f"{path} is not a safetensors file ({error}); fetch the checkpoint again") from error
+    halved = dtype == torch.float16
+    expected = {
+        name: tensor.half() if halved and tensor.is_floating_point() else tensor for name, tensor in network.items()
+    }
     _check_tensors(path, tensors, expected)
     return tensors
 

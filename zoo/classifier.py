@@ -51,6 +51,7 @@ class Classifier(L.LightningModule):
         label_smoothing: share of the label spread over all classes; the authors use 0.01.
         orthogonality: factor of the penalty ½‖ŴᵀŴ - I‖² on the normalised filters of each decoupled layer; the authors
             use 1e-5.
+        compile: train with torch.compile, which takes some seconds to a minute to begin with. Validation stays eager.
 
     Raises:
         ValueError: an unknown name or a number outside its range.
@@ -70,6 +71,7 @@ class Classifier(L.LightningModule):
         warmup: float = 0.1,
         label_smoothing: float = 0.0,
         orthogonality: float = 0.0,
+        compile: bool = False,
     ) -> None:
         super().__init__()
         for name, value in {"warmup": warmup, "label_smoothing": label_smoothing}.items():
@@ -82,7 +84,9 @@ class Classifier(L.LightningModule):
             raise ValueError(f"learning_rate must be more than 0, got {learning_rate}")
         self.save_hyperparameters()
         self.model: ImageModel | None = None
-        self.commands: list[str] = []
+        # What the command line of train.py replaces by its own.
+        self.command = shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
+        self.earlier_commands: list[str] = []
         self.resumed_step: int | None = None
 
     def setup(self, stage: str) -> None:
@@ -97,7 +101,7 @@ class Classifier(L.LightningModule):
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> Tensor:
         images, labels = batch
-        loss = F.cross_entropy(self.model(images), labels, label_smoothing=self.hparams.label_smoothing)
+        loss = F.cross_entropy(self.training_forward(images), labels, label_smoothing=self.hparams.label_smoothing)
         self.log("train_loss", loss, prog_bar=True)
         if self.hparams.orthogonality:
             loss = loss + self.hparams.orthogonality * orthogonality_penalty(self.model)
@@ -161,7 +165,7 @@ class Classifier(L.LightningModule):
             "trainer": {"max_epochs": self.trainer.max_epochs},
             "training": {
                 "epochs": self.current_epoch + 1,
-                "command": " && ".join([*self.commands, _command()]),
+                "command": " && ".join([*self.earlier_commands, self.command]),
                 "seed": int(os.environ.get("PL_GLOBAL_SEED", -1)),
                 "commit": _commit(),
                 "hardware": _hardware(self.device),
@@ -183,13 +187,15 @@ class Classifier(L.LightningModule):
             _check_data(spec, self._data())
         if stage == "fit":
             self._check_optimizer(record["model"])
-            self.commands = [record["training"]["command"]]
+            self.earlier_commands = [record["training"]["command"]]
             self.resumed_step = checkpoint["global_step"]
         # Built again, for the checkpoint's normalisation is part of its spec and not among its weights.
         self._set_model(spec.build())
 
     def _set_model(self, model: ImageModel) -> None:
-        self.model = model
+        self.model = model.to(memory_format=torch.channels_last)
+        # A function and no module, whose parameters would be registered twice.
+        self.training_forward = torch.compile(model.forward, dynamic=False) if self.hparams.compile else model.__call__
         classes = len(model.class_names)
         self.accuracy = nn.ModuleDict(
             {f"{split}_accuracy": MulticlassAccuracy(classes, average="micro") for split in ("val", "test")}
@@ -323,10 +329,6 @@ def _check_data(spec: ModelSpec, data: ImageData) -> None:
 def _identity(spec: ModelSpec) -> str:
     settings = f" {dict(spec.model_args)}" if spec.model_args else ""
     return f"{spec.architecture}{settings} with {spec.operator or PLAIN} and {len(spec.class_names)} classes"
-
-
-def _command() -> str:
-    return shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
 
 
 @functools.cache

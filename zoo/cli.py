@@ -7,21 +7,23 @@ import json
 import logging
 import os
 import re
+import shlex
 import sys
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from jsonargparse import DefaultHelpFormatter, Namespace
-from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from operators.lookup import look_up, unknown_name
 from zoo.callbacks import LastCheckpoint, PredictionTable
-from zoo.classifier import read_lightning_checkpoint, read_record
-from zoo.data import DATA, unreadable
+from zoo.classifier import Classifier, read_lightning_checkpoint, read_record
+from zoo.data import DATA, ImageData, unreadable
 
 # Lightning's advertisement, and a deprecated function that it calls itself.
 logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "litlogger" not in record.msg)
@@ -44,7 +46,6 @@ TRAINER_DEFAULTS = {
         "class_path": "lightning.pytorch.loggers.CSVLogger",
         "init_args": {"save_dir": "outputs", "name": "runs"},
     },
-    "callbacks": [RichProgressBar()],
 }
 
 
@@ -61,6 +62,10 @@ class ZooCLI(LightningCLI):
         FileNotFoundError: no such checkpoint.
     """
 
+    def __init__(self, *arguments: Any, shared: ImageData | None = None, **settings: Any) -> None:
+        self.shared = shared
+        super().__init__(*arguments, **settings)
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
         parser.set_defaults(
@@ -76,6 +81,7 @@ class ZooCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         arguments = sys.argv[1:] if args is None else list(args)
+        self.command = shlex.join(["python", "train.py", *arguments])
         subcommand = next((place for place, word in enumerate(arguments, 1) if word in self.subcommands()), 0)
         settings = checkpoint_settings(arguments) if subcommand else []
         try:
@@ -127,8 +133,41 @@ class ZooCLI(LightningCLI):
             )
 
     def after_instantiate_classes(self) -> None:
+        self.model.command = self.command
+        if self.shared:
+            self.datamodule.share_images(self.shared)
         if self.subcommand == "predict" and self.trainer.world_size > 1:
             raise ValueError("predict runs on one device, for each would write a table of its own: --trainer.devices 1")
+
+
+def run(
+    arguments: ArgsType = None, callbacks: Sequence[Callback] | None = None, shared: ImageData | None = None
+) -> ZooCLI:
+    """Run the command line of ``train.py``.
+
+    Args:
+        arguments: those of this process by default.
+        callbacks: beside those of checkpoints and predictions; a progress bar by default.
+        shared: images that need not be read again.
+
+    Raises:
+        What :class:`ZooCLI` raises.
+    """
+    bar = callbacks is None
+    defaults = {"callbacks": [RichProgressBar()] if bar else [*callbacks], "enable_progress_bar": bar}
+    return ZooCLI(
+        Classifier,
+        ImageData,
+        subclass_mode_data=True,
+        seed_everything_default=0,
+        trainer_defaults={**TRAINER_DEFAULTS, **defaults},
+        auto_configure_optimizers=False,
+        # An abbreviated option would be a misspelt one that nobody notices.
+        parser_kwargs={"exit_on_error": False, "allow_abbrev": False, "formatter_class": PlainHelp},
+        save_config_kwargs={"overwrite": True},
+        args=arguments,
+        shared=shared,
+    )
 
 
 def options(settings: Namespace) -> list[str]:

@@ -1,7 +1,7 @@
 """Lightning data modules: scikit-learn's digits, MNIST, CIFAR, and any folder of images.
 
-Images travel as uint8 and become floats in [0, 1] on the device, where a whole batch is augmented at once. The loaders
-are ordinary ones, so Lightning shards them under DDP as it does any other.
+Images travel as uint8 and become floats in [0, 1] on the device, where a whole batch is augmented at once. A set that
+is small enough lies there as one tensor, and no worker process is needed.
 """
 
 import abc
@@ -11,30 +11,32 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import lightning as L
 import numpy as np
 import torch
-import torch.nn.functional as F
 from lightning.pytorch.utilities import rank_zero_info
 from PIL import Image, UnidentifiedImageError
 from rich.progress import track
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
-from torch import Generator, Tensor
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision import datasets
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.datasets.vision import VisionDataset
 
 from operators.lookup import look_up, unknown_name
+from zoo.augmentation import AUGMENTS, Augment, augment_batch, to_float
+from zoo.loaders import MemoryImages, MemoryLoader
 from zoo.transforms import ImageTransform
 
-Augment = Literal["none", "crop", "crop_flip"]
-AUGMENTS = get_args(Augment)
 # Images to predict on are read later, when it is known what the network takes.
 STAGES = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ()}
+
+# Arguments that say how images are used, not which they are.
+USES = ("batch_size", "augment", "predict")
 
 # Held-out images never depend on the global seed, so that accuracies of different runs compare.
 SPLIT_SEED = 0
@@ -42,62 +44,6 @@ SPLIT_SEED = 0
 UNLABELLED = -1
 # Decoding fewer images than this is over before a progress bar is read.
 WORTH_A_PROGRESS_BAR = 2000
-
-
-def to_float(images: Tensor) -> Tensor:
-    """Return uint8 images in 0..255 as float32 in [0, 1], in the same shape."""
-    return images.to(torch.float32) / 255
-
-
-def random_shift(images: Tensor, padding: int, generator: Generator | None = None) -> Tensor:
-    """Move each image by its own random number of rows and columns in -padding..padding, filling with black.
-
-    Args:
-        images: (N, C, H, W), any dtype.
-        padding: the furthest move, in pixels.
-        generator: the source of randomness, on the images' device; torch's own by default.
-    """
-    count, _, height, width = images.shape
-    windows = F.pad(images, [padding] * 4).unfold(2, height, 1).unfold(3, width, 1)
-    top, left = torch.randint(2 * padding + 1, (2, count), generator=generator, device=images.device)
-    return windows[torch.arange(count, device=images.device), :, top, left]
-
-
-def random_flip(images: Tensor, generator: Generator | None = None) -> Tensor:
-    """Mirror each image (N, C, H, W) left to right with probability 1/2."""
-    flipped = torch.rand(len(images), 1, 1, 1, generator=generator, device=images.device) < 0.5
-    return torch.where(flipped, images.flip(3), images)
-
-
-def augment_batch(images: Tensor, augment: Augment, generator: Generator | None = None) -> Tensor:
-    """Shift images (N, C, H, W) by up to an eighth of their height ("crop"), and mirror them too ("crop_flip")."""
-    if augment == "none":
-        return images
-    images = random_shift(images, images.shape[2] // 8, generator)
-    return random_flip(images, generator) if augment == "crop_flip" else images
-
-
-class MemoryImages(Dataset):
-    """Images in memory: uint8 (N, C, H, W) and labels int64 (N,). A batch is one indexing of the two.
-
-    Args:
-        files: where the images come from, if they come from files.
-    """
-
-    in_memory = True
-
-    def __init__(self, images: Tensor, labels: Tensor, files: Sequence[Path] = ()) -> None:
-        self.images = images
-        self.labels = labels
-        self.files = files
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
-        # Some 20 times as fast as self.images[indices].
-        chosen = torch.tensor(indices)
-        return self.images.index_select(0, chosen), self.labels.index_select(0, chosen)
 
 
 class DiskImages(Dataset):
@@ -144,8 +90,8 @@ class ImageData(L.LightningDataModule, abc.ABC):
     Args:
         batch_size: images a batch (and a device).
         val_fraction: share of the training images held out for validation.
-        augment: of training images: "none", "crop" (random shift) or "crop_flip" (and mirroring); ``default_augment``
-            by default.
+        augment: of training images: "none", "crop" (random shift), "crop_flip" (and mirroring) or
+            "crop_flip_cutout" (and a black square); ``default_augment`` by default.
         predict: image file or folder for predict; the test images by default.
 
     Raises:
@@ -194,17 +140,23 @@ class ImageData(L.LightningDataModule, abc.ABC):
             self._sets[split] = self._load_predict() if split == "predict" else self.load_split(split)
         return self._sets[split]
 
+    def share_images(self, other: "ImageData") -> None:
+        """Take over the splits that ``other`` has read, if this module would read the same."""
+        mine, theirs = ({**data.hparams, **dict.fromkeys(USES)} for data in (self, other))
+        if type(self) is type(other) and mine == theirs:
+            self._sets.update({name: images for name, images in other._sets.items() if name != "predict"})
+
     def setup(self, stage: str) -> None:
         for split in STAGES[stage]:
             self.split(split)
 
-    def train_dataloader(self) -> DataLoader:
+    def train_dataloader(self) -> DataLoader | MemoryLoader:
         return self._loader("train")
 
-    def val_dataloader(self) -> DataLoader:
+    def val_dataloader(self) -> DataLoader | MemoryLoader:
         return self._loader("val")
 
-    def test_dataloader(self) -> DataLoader:
+    def test_dataloader(self) -> DataLoader | MemoryLoader:
         return self._loader("test")
 
     def predict_dataloader(self) -> DataLoader:
@@ -283,19 +235,27 @@ class ImageData(L.LightningDataModule, abc.ABC):
             return DiskImages(files, labels, transform)
         return MemoryImages(torch.from_numpy(images[readable] if broken else images), labels, files)
 
-    def _loader(self, split: str) -> DataLoader:
-        images = self.split(split)
+    def _loader(self, split: str) -> DataLoader | MemoryLoader:
+        images, trainer = self.split(split), self.trainer
+        processes = trainer.world_size if trainer else 1
+        shuffle = split == "train"
+        # A last batch of one image has no variance for BatchNorm.
+        drop_last = shuffle and len(images) >= self.batch_size * processes
+        # Lightning tells the table of predictions which images a batch has, if the loader is torch's own.
+        if images.in_memory and split != "predict":
+            device = trainer.strategy.root_device if trainer else "cpu"
+            rank = trainer.global_rank if trainer else 0
+            sharing = {"processes": processes, "rank": rank, "device": device}
+            return MemoryLoader(images, self.batch_size, shuffle=shuffle, drop_last=drop_last, **sharing)
         if images.in_memory:
             # Lightning asks for workers, but a worker would only copy what is in memory already.
             warnings.filterwarnings("ignore", message=".*does not have many workers")
         workers = 0 if images.in_memory else self.num_workers
-        processes = self.trainer.world_size if self.trainer else 1
         return DataLoader(
             images,
             batch_size=self.batch_size,
-            shuffle=split == "train",
-            # A last batch of one image has no variance for BatchNorm.
-            drop_last=split == "train" and len(images) >= self.batch_size * processes,
+            shuffle=shuffle,
+            drop_last=drop_last,
             num_workers=workers,
             persistent_workers=workers > 0,
             collate_fn=_as_it_is,
@@ -312,7 +272,8 @@ class Digits(ImageData):
     Args:
         batch_size: images a batch (and a device).
         val_fraction: share of the training images held out for validation, in (0, 0.5].
-        augment: of training images: "none", "crop" (random shift) or "crop_flip" (and mirroring); "crop" by default.
+        augment: of training images: "none", "crop" (random shift), "crop_flip" (and mirroring) or
+            "crop_flip_cutout" (and a black square); "crop" by default.
         predict: image file or folder for predict; the test images by default.
     """
 
@@ -354,8 +315,8 @@ class TorchvisionData(ImageData):
         root: the folder above MNIST/raw, cifar-10-batches-py or cifar-100-python with the original files.
         batch_size: images a batch (and a device).
         val_fraction: share of the training images held out for validation, in (0, 0.5].
-        augment: of training images: "none", "crop" (random shift) or "crop_flip" (and mirroring); "crop" for MNIST and
-            "crop_flip" for CIFAR by default.
+        augment: of training images: "none", "crop" (random shift), "crop_flip" (and mirroring) or
+            "crop_flip_cutout" (and a black square); "crop" for MNIST and "crop_flip" for CIFAR by default.
         download: whether to download the data set into ``root`` if it is not there.
         predict: image file or folder for predict; the test images by default.
 
@@ -477,8 +438,8 @@ class ImageFolder(ImageData):
         std: of each channel for pixels in [0, 1]; ImageNet's for RGB and 0.25 for grey by default.
         batch_size: images a batch (and a device).
         val_fraction: share of train held out for validation if there is no val folder, in (0, 0.5].
-        augment: of training images: "none", "crop" (random shift) or "crop_flip" (and mirroring); "crop_flip" by
-            default.
+        augment: of training images: "none", "crop" (random shift), "crop_flip" (and mirroring) or
+            "crop_flip_cutout" (and a black square); "crop_flip" by default.
         num_workers: processes that read images, for a split too large for memory.
         memory_limit_mb: a split of more MiB than this, once decoded, is read from disk batch by batch.
         predict: image file or folder for predict; the test images by default.

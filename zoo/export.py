@@ -1,0 +1,95 @@
+"""From the Lightning checkpoint of a training to a checkpoint folder: evaluated, then saved."""
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+import zoo
+from operators.lookup import look_up
+from zoo.classifier import read_lightning_checkpoint, read_record
+from zoo.data import DATA, ImageData
+from zoo.models import ModelSpec
+
+# Bytes of weights that an embedded checkpoint may have.
+LARGEST_EMBEDDED = 4 * 2**20
+
+# Arguments of data modules that hold on one machine only, or for one use.
+MACHINE_ARGUMENTS = ("root", "predict", "download", "num_workers", "memory_limit_mb")
+
+
+def export(
+    checkpoint: Path,
+    folder: Path,
+    *,
+    data: ImageData | None = None,
+    root: str | None = None,
+    precision: str | None = "float32",
+    overwrite: bool = False,
+) -> list[zoo.Metric]:
+    """Measure the network of a Lightning checkpoint on validation and test images, and save it as ``folder``.
+
+    Args:
+        folder: its last part is called ``<data>_<architecture>_<operator>``.
+        data: the images it was trained on, if they are at hand; otherwise they are read as the checkpoint records.
+        root: the folder of the images, if it has moved since the training.
+        precision: "float32", or "float16": weights are then rounded before they are measured. None is float32 where
+            that takes no more bytes than an embedded checkpoint may.
+        overwrite: replace a folder that exists.
+
+    Raises:
+        ValueError: a name that does not say what the network is, or a checkpoint that cannot be read.
+        FileExistsError: the folder exists and ``overwrite`` is false.
+        FileNotFoundError: no such checkpoint, or no images.
+    """
+    saved = read_lightning_checkpoint(checkpoint)
+    record = read_record(saved)
+    spec = ModelSpec.from_dict(record["spec"])
+    expected = f"{spec.architecture}_{spec.operator_name}"
+    if not folder.name.endswith(f"_{expected}"):
+        raise ValueError(f"a checkpoint of this network is called <data>_{expected}, got {folder.name!r}")
+    if folder.exists() and not overwrite:
+        raise FileExistsError(f"{folder} exists; choose another name or parent (--to), or replace it (--overwrite)")
+    model = spec.build()
+    prefix = "model."
+    model.load_state_dict(
+        {key.removeprefix(prefix): value for key, value in saved["state_dict"].items() if key.startswith(prefix)}
+    )
+    if precision is None:
+        size = sum(tensor.nbytes for tensor in model.state_dict().values())
+        precision = "float32" if size <= LARGEST_EMBEDDED else "float16"
+    if precision == "float16":
+        zoo.round_weights(model)
+    data = data or recorded_data(record["data"], root)
+    metrics = []
+    # A folder without test images has only validation accuracy to show.
+    for split in ("val",) if data.split("test") is data.split("val") else ("val", "test"):
+        value, images = zoo.accuracy(model, data.evaluation_batches(split))
+        metrics.append(zoo.Metric("accuracy", value, data.title, split, images))
+    training = {**record["training"], "data": _portable(record["data"])}
+    settings = {"licence": data.licence, "precision": precision, "overwrite": overwrite}
+    zoo.save(model, folder, metrics=metrics, training=training, **settings)
+    return metrics
+
+
+def recorded_data(record: dict[str, Any], root: str | None) -> ImageData:
+    """Return the data module that a checkpoint records, with its images in ``root`` if that is given.
+
+    Raises:
+        ValueError: images in a folder that is neither recorded nor given.
+    """
+    arguments = dict(record["arguments"])
+    kind = look_up(DATA, record["name"], "data set")
+    parameter = inspect.signature(kind).parameters.get("root")
+    if root is not None and parameter:
+        arguments["root"] = root
+    if parameter and parameter.default is parameter.empty and "root" not in arguments:
+        raise ValueError(f"no folder is recorded for the images ({record['name']}): name it (--root FOLDER)")
+    return kind(**arguments)
+
+
+def _portable(record: dict[str, Any]) -> dict[str, Any]:
+    """Return the description of a data module without what is this machine's own."""
+    arguments = {
+        key: value for key, value in record["arguments"].items() if key not in MACHINE_ARGUMENTS and value is not None
+    }
+    return {"name": record["name"], "arguments": arguments}

@@ -1,0 +1,195 @@
+"""Train a recipe of ``configs/`` as far as the time goes, and the whole zoo, one recipe after another."""
+
+import dataclasses
+import fnmatch
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import yaml
+
+import zoo
+from zoo.callbacks import EpochLines, StopInTime
+from zoo.checkpoints import CONFIG, PRETRAINED, read_config
+from zoo.classifier import read_lightning_checkpoint, read_record
+from zoo.cli import CURABLE, run
+from zoo.data import ImageData
+from zoo.export import export
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+WORK = Path("outputs/zoo")
+
+# What is trained first: networks that cost little, then those most asked for, each family beginning with its twin.
+FAMILIES = ("digits_cnn6", "mnist_cnn6", "cifar10_resnet20", "cifar10_cnn9", "cifar10_cnn9_no_batchnorm")
+OPERATORS = ("conv", *(f"{name}_cosine" for name in ("tanh", "sphere", "ball", "linear", "seg", "log", "mix")))
+
+# Less time than this, in seconds, is not worth reading the images.
+LEAST_SECONDS = 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """Where and how to train, as options of ``train.py``.
+
+    Args:
+        accelerator: "gpu" or "cpu".
+        compile: whether networks are compiled.
+    """
+
+    accelerator: str
+    compile: bool
+
+    @classmethod
+    def choose(cls, name: str, compile: bool | None = None) -> "Device":
+        """Return the device called "cpu" or "cuda", or for "auto" the GPU if there is one.
+
+        Args:
+            compile: by default, networks are compiled on GPUs only.
+
+        Raises:
+            ValueError: another name, or "cuda" where there is none.
+        """
+        available = torch.cuda.is_available()
+        if name not in ("auto", "cpu", "cuda") or (name == "cuda" and not available):
+            raise ValueError(f"device is auto, cpu, or cuda where torch finds a GPU; got {name!r}")
+        cuda = available and name != "cpu"
+        return cls("gpu" if cuda else "cpu", cuda if compile is None else compile)
+
+    @property
+    def precision(self) -> str:
+        """bfloat16 where it is faster: on GPUs that have it, and on CPUs that have it for compiled networks."""
+        if self.accelerator == "gpu":
+            fast = torch.cuda.is_bf16_supported(including_emulation=False)
+        else:
+            fast = self.compile and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+        return "bf16-mixed" if fast else "32-true"
+
+    def options(self) -> list[str]:
+        settings = {"trainer.accelerator": self.accelerator, "trainer.precision": self.precision}
+        settings["model.compile"] = str(self.compile).lower()
+        return [word for name, value in settings.items() for word in (f"--{name}", value)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """What became of a training.
+
+    Attributes:
+        checkpoint: the last one.
+        finished: whether all epochs are trained.
+        epochs: one mapping of metrics for each epoch trained now.
+        data: the images, for whoever trains on them next.
+    """
+
+    checkpoint: Path
+    finished: bool
+    epochs: list[dict[str, float]]
+    data: ImageData
+
+
+def train(
+    recipe: Path,
+    folder: Path,
+    device: Device,
+    *,
+    options: Sequence[str] = (),
+    deadline: float = float("inf"),
+    data: ImageData | None = None,
+) -> Trained:
+    """Train a recipe into ``folder``, going on where it was left, until it is finished or the time is over.
+
+    Args:
+        recipe: a configuration file of ``train.py fit``.
+        options: further options of ``train.py fit``.
+        deadline: on the clock of ``time.monotonic``; the training stops after the last epoch that ends before it.
+        data: images that need not be read again if the recipe is for the same.
+
+    Raises:
+        FloatingPointError: gradients that are not finite.
+        ValueError, OSError: a recipe that cannot be trained, e.g. for want of its images.
+    """
+    torch.compiler.reset()
+    last = folder / "last.ckpt"
+    arguments = ["fit", "--config", os.path.relpath(recipe), "--checkpoint.dirpath", str(folder)]
+    arguments += [*device.options(), *options, *(["--ckpt_path", str(last)] if last.exists() else [])]
+    lines = EpochLines(recipe.stem)
+    cli = run(arguments, [lines, StopInTime(deadline)], shared=data)
+    return Trained(last, is_finished(last), lines.epochs, cli.datamodule)
+
+
+def is_finished(checkpoint: Path) -> bool:
+    """Say whether a Lightning checkpoint is the end of its training; one that is not there is not."""
+    if not checkpoint.exists():
+        return False
+    record = read_record(read_lightning_checkpoint(checkpoint))
+    return record["training"]["epochs"] >= record["trainer"]["max_epochs"]
+
+
+def recipes(only: str = "*") -> list[Path]:
+    """Return the recipes of checkpoints whose name matches the pattern, most wanted first.
+
+    Raises:
+        ValueError: no recipe has such a name.
+    """
+    names = [f"{family}_{operator}" for family in FAMILIES for operator in OPERATORS]
+    existing = [CONFIGS / f"{name}.yaml" for name in names if (CONFIGS / f"{name}.yaml").is_file()]
+    chosen = [path for path in existing if fnmatch.fnmatch(path.stem, only)]
+    if not chosen:
+        raise ValueError(f"no recipe matches {only!r}; there are {', '.join(path.stem for path in existing)}")
+    return chosen
+
+
+def train_zoo(
+    only: str = "*",
+    *,
+    device: Device,
+    minutes: float = float("inf"),
+    epochs: int | None = None,
+    to: Path = PRETRAINED,
+) -> bool:
+    """Train, export and verify every recipe that has no checkpoint of as many epochs; return whether none failed.
+
+    Args:
+        only: a pattern of names, as of files.
+        minutes: how long it may take; what is unfinished then goes on in the next call.
+        epochs: train so many, in place of each recipe's own number.
+        to: parent of the checkpoint folders.
+
+    Raises:
+        ValueError: no recipe has such a name.
+    """
+    deadline = time.monotonic() + 60 * minutes
+    all_well, data = True, None
+    for recipe in recipes(only):
+        wanted = epochs or yaml.safe_load(recipe.read_text(encoding="utf-8"))["trainer"]["max_epochs"]
+        folder = to / recipe.stem
+        if (folder / CONFIG).is_file() and read_config(folder)["training"]["epochs"] >= wanted:
+            print(f"{recipe.stem}: has its checkpoint")
+            continue
+        if deadline - time.monotonic() < LEAST_SECONDS:
+            print(f"{recipe.stem}: no time left")
+            continue
+        try:
+            work = WORK / recipe.stem / f"{wanted}_epochs"
+            options = ["--trainer.max_epochs", str(wanted)]
+            trained = train(recipe, work, device, options=options, deadline=deadline, data=data)
+            data = trained.data
+            if trained.finished:
+                all_well = _publish(trained, folder) and all_well
+            else:
+                print(f"{recipe.stem}: goes on in the next call ({trained.checkpoint})")
+        except CURABLE as error:
+            print(f"{recipe.stem}: failed: {error}")
+            all_well = False
+    return all_well
+
+
+def _publish(trained: Trained, folder: Path) -> bool:
+    """Export a finished training as a checkpoint folder, and say what was measured and whether it verifies."""
+    metrics = export(trained.checkpoint, folder, data=trained.data, precision=None, overwrite=True)
+    problems = zoo.verify(folder, trained.data.evaluation_batches("test"))
+    measured = ", ".join(f"{metric.split} accuracy {metric.value:.4f}" for metric in metrics)
+    print(f"{folder.name}: {measured}, {'verified' if not problems else '; '.join(problems)}", flush=True)
+    return not problems
