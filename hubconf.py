@@ -15,6 +15,7 @@ _HERE = _Path(__file__).resolve().parent
 _ARCHITECTURES = {
     "cnn6": "Three blocks of two 3×3 convolutions, 32-64-128 filters, for small images.",
     "cnn9": "The paper's plain CNN: three blocks of three 3×3 convolutions and a 512-wide hidden layer.",
+    "cnn9_no_batchnorm": "The paper's plain CNN without batch normalisation.",
     "resnet20": "ResNet-20 for 32×32 images, 16-32-64 filters.",
     "resnet32": "ResNet-32 for 32×32 images, 16-32-64 filters.",
     "resnet32_wide": "The authors' ResNet-32, 96-192-384 filters.",

@@ -40,7 +40,10 @@ RANKS = {
     "zoo/cli.py": 10.2,
     "zoo/export.py": 10.2,
     "zoo/training.py": 10.3,
-    "zoo/__main__.py": 10.4,
+    "zoo/measures.py": 10,
+    "zoo/tables.py": 10.4,
+    "zoo/reports.py": 10.5,
+    "zoo/__main__.py": 10.6,
     "train.py": 11,
     "hubconf.py": 11,
 }

@@ -12,6 +12,7 @@ from torch import nn
 
 import zoo
 from operators import DecoupledConv2d, OperatorConfig
+from zoo.architectures.cnn import CNN
 from zoo.models import ARCHITECTURES, ModelSpec
 
 # Parameters counted by hand from the architecture's description, with 3 channels and 10 (1000) classes.
@@ -22,6 +23,11 @@ PARAMETERS = {
     + 2 * 3 * (64 + 128 + 256)
     + (4096 * 512 + 512)
     + 2 * 512
+    + 5130,
+    "cnn9_no_batchnorm": 27 * 64
+    + 9 * (2 * 64 * 64 + 64 * 128 + 2 * 128 * 128 + 128 * 256 + 2 * 256 * 256)
+    + 3 * (64 + 128 + 256)
+    + (4096 * 512 + 512)
     + 5130,
     "resnet20": 27 * 16
     + 9 * (6 * 16 * 16 + 16 * 32 + 5 * 32 * 32 + 32 * 64 + 5 * 64 * 64)
@@ -40,7 +46,15 @@ PARAMETERS = {
     + 3 * (3 * 128 + 5 * 256 + 7 * 512 + 3 * 1024)
     + 1025 * 1000,
 }
-CONVOLUTIONS = {"cnn6": 6, "cnn9": 9, "resnet20": 19, "resnet32": 31, "resnet32_wide": 31, "resnet18_modified": 18}
+CONVOLUTIONS = {
+    "cnn6": 6,
+    "cnn9": 9,
+    "cnn9_no_batchnorm": 9,
+    "resnet20": 19,
+    "resnet32": 31,
+    "resnet32_wide": 31,
+    "resnet18_modified": 18,
+}
 
 
 @pytest.mark.parametrize("name", sorted(ARCHITECTURES))
@@ -76,6 +90,29 @@ def test_layers_of_the_plain_cnn_follow_its_switches():
     assert sum(isinstance(module, nn.BatchNorm2d) for module in full.modules()) == 9
     assert all(module.bias is None for module in full.modules() if isinstance(module, nn.Conv2d))
     assert [module.kernel_size for module in full.modules() if isinstance(module, nn.MaxPool2d)] == [2, 2, 2]
+
+
+@pytest.mark.parametrize("name", ["resnet20", "resnet32", "resnet32_wide"])
+def test_a_residual_network_without_relu_is_affine(name):
+    network = ARCHITECTURES[name](relu=False).eval().double()
+    one, other, zero = torch.randn(2, 3, 16, 16).double(), torch.randn(2, 3, 16, 16).double(), torch.zeros(2, 3, 16, 16)
+    sums = network(one + other) + network(zero.double())
+    torch.testing.assert_close(sums, network(one) + network(other))
+    assert not any(isinstance(module, nn.ReLU) for module in network.modules())
+
+
+def test_features_are_what_a_convolution_over_the_whole_map_answers():
+    network = ARCHITECTURES["cnn6"](in_chans=1, input_size=28, features=2).eval()
+    images = torch.randn(5, 1, 28, 28)
+    maps = network.forward_features(images)
+    features = network.forward_head(maps, pre_logits=True)
+    convolution = network.pool[0]
+    assert features.shape == (5, 2) and maps.shape == (5, 128, 7, 7)
+    torch.testing.assert_close(features, maps.flatten(1) @ convolution.weight.flatten(1).T)
+    with pytest.raises(ValueError, match="built for 28×28"):
+        network(torch.randn(5, 1, 32, 32))
+    with pytest.raises(ValueError, match="a hidden layer or a convolution of features, got 3 and 2"):
+        CNN((4,), 1, pools=1, hidden=3, features=2)
 
 
 def test_the_modified_resnet_changes_width_by_plain_convolutions():

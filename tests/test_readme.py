@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import RichProgressBar
 from PIL import Image
 from sklearn.datasets import load_digits
 
@@ -16,9 +15,6 @@ import zoo
 from benchmarks import report
 from operators import ANGULARS, MAGNITUDES, DecoupledConv2d
 from zoo import __main__ as command_line
-from zoo.cards import markdown_table
-from zoo.checkpoints import PRETRAINED, read_config
-from zoo.cli import TRAINER_DEFAULTS
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -66,7 +62,6 @@ def test_the_fine_tuning_commands_run(tmp_path, monkeypatch, capsys):
         assert program == 3 or words[:2] == ["python", "train.py"]
         short = ["--trainer.max_epochs=1"] if words[2] == "fit" else []
         monkeypatch.setattr(sys, "argv", [*words[program - 1 :], *short])
-        monkeypatch.setitem(TRAINER_DEFAULTS, "callbacks", [RichProgressBar()])
         (command_line if program == 3 else train).main()
     assert "20 of 30 images" in capsys.readouterr().out
     assert zoo.load("outputs/photos_cnn6_tanh_cosine").spec.in_chans == 3
@@ -94,16 +89,6 @@ def test_the_tables_of_operators_are_the_registries():
 
 def yes(flag):
     return "yes" if flag else "no"
-
-
-def test_the_table_of_checkpoints_is_what_they_record():
-    header = ("checkpoint", "data", "accuracy", "images", "parameters")
-    rows = [
-        (name, f"{m['dataset']}, {m['split']}", f"{m['value']:.4f}", f"{m['images']:,}", f"{config['parameters']:,}")
-        for name, config in ((name, read_config(PRETRAINED / name)) for name in zoo.list_checkpoints())
-        for m in config["metrics"]
-    ]
-    assert markdown_table(header, rows) in README
 
 
 def test_the_costs_are_what_was_measured():

@@ -1,7 +1,8 @@
-"""List, verify, describe and export checkpoints, show one at work, draw the operators."""
+"""List, verify, describe and export checkpoints, train them and the paper's tables, show one at work."""
 
 import argparse
 import functools
+import os
 import re
 import sys
 from pathlib import Path
@@ -12,12 +13,14 @@ from rich.table import Table
 
 import zoo
 from operators.lookup import unknown_name
-from zoo.cards import markdown_table, model_card
+from zoo.cards import model_card
 from zoo.checkpoints import CARD, PRETRAINED, read_config
 from zoo.cli import readable_errors
 from zoo.data import Digits
 from zoo.export import export, recorded_data
 from zoo.plots import plot_operators, plot_predictions
+from zoo.reports import write_reports
+from zoo.tables import RESULTS, list_tables, read_table, run_table
 from zoo.training import Device, train_zoo
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -29,7 +32,6 @@ def main() -> None:
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=exact)
 
     command = commands.add_parser("list", help="show the embedded checkpoints and what was measured")
-    command.add_argument("--markdown", action="store_true", help="print the table of the README")
     command.set_defaults(function=show_list)
 
     command = commands.add_parser("verify", help="recompute what checkpoints claim; exit status 1 if anything differs")
@@ -59,6 +61,19 @@ def main() -> None:
     add_device(command)
     command.set_defaults(function=train_all)
 
+    command = commands.add_parser("table", help="train the cells of one of the paper's tables that have no result yet")
+    command.add_argument("name", help=f"one of {', '.join(list_tables())}")
+    command.add_argument("--scale", default="small", help="tiny, small or full (default: %(default)s)")
+    command.add_argument("--minutes", type=float, default=float("inf"), help="stop cleanly before they are over")
+    command.add_argument(
+        "--results", type=Path, default=RESULTS, help="folder of the numbers (default: results/tables)"
+    )
+    add_device(command)
+    command.set_defaults(function=train_table)
+
+    command = commands.add_parser("reports", help="write the generated parts of README.md and docs/results.md")
+    command.set_defaults(function=report)
+
     command = commands.add_parser("demo", help="load a Digits checkpoint by torch.hub and classify held-out digits")
     command.add_argument("folder", help="a checkpoint folder or name, trained on Digits")
     command.add_argument("--output", type=Path, default=Path("outputs/demo.png"), help="the picture")
@@ -78,20 +93,13 @@ def main() -> None:
 
 
 def show_list(arguments: argparse.Namespace) -> None:
-    header = ("checkpoint", "data", "accuracy", "images", "parameters")
-    rows = []
+    table = Table("checkpoint", "data", "accuracy", "images", "parameters")
+    table.columns[0].no_wrap = True
     for name in zoo.list_checkpoints():
         config = read_config(PRETRAINED / name)
         for metric in config["metrics"]:
             data, value = f"{metric['dataset']}, {metric['split']}", f"{metric['value']:.4f}"
-            rows.append((name, data, value, f"{metric['images']:,}", f"{config['parameters']:,}"))
-    if arguments.markdown:
-        print(markdown_table(header, rows))
-        return
-    table = Table(*header)
-    table.columns[0].no_wrap = True
-    for row in rows:
-        table.add_row(*row)
+            table.add_row(name, data, value, f"{metric['images']:,}", f"{config['parameters']:,}")
     Console().print(table)
 
 
@@ -143,6 +151,18 @@ def train_all(arguments: argparse.Namespace) -> None:
     device = Device.choose(arguments.device, arguments.compile)
     settings = {"minutes": arguments.minutes, "epochs": arguments.epochs, "to": arguments.to}
     sys.exit(int(not train_zoo(arguments.only, device=device, **settings)))
+
+
+def train_table(arguments: argparse.Namespace) -> None:
+    table = read_table(arguments.name)
+    device = Device.choose(arguments.device, arguments.compile)
+    complete = run_table(table, arguments.scale, device=device, minutes=arguments.minutes, results=arguments.results)
+    sys.exit(int(not complete))
+
+
+def report(arguments: argparse.Namespace) -> None:
+    for path in write_reports():
+        print(f"written: {os.path.relpath(path)}")
 
 
 def demo(arguments: argparse.Namespace) -> None:

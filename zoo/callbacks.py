@@ -110,32 +110,39 @@ class StopInTime(Callback):
 
 
 class EpochLines(Callback):
-    """Print one line an epoch and keep what it says.
+    """Print one line an epoch and keep what it says, also beyond a stop and a resume.
 
     Args:
         name: what is trained, at the beginning of each line.
 
     Attributes:
         epochs: for each epoch its number, the metrics and the seconds it took.
+        images_per_epoch: how many images an epoch has on this device.
     """
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.started = 0.0
         self.epochs: list[dict[str, float]] = []
+        self.images_per_epoch: int | None = None
 
     def on_train_epoch_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self.started = time.monotonic()
+        self.images_per_epoch = trainer.num_training_batches * trainer.datamodule.batch_size
 
     def on_train_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         metrics = {name: round(value.item(), 4) for name, value in trainer.callback_metrics.items()}
         seconds = round(time.monotonic() - self.started, 1)
         self.epochs.append({"epoch": trainer.current_epoch + 1, **metrics, "seconds": seconds})
+        epoch = f"epoch {trainer.current_epoch + 1} of {trainer.max_epochs}"
         numbers = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
-        print(
-            f"{self.name}: epoch {trainer.current_epoch + 1} of {trainer.max_epochs}, {numbers}, {seconds:.1f} s",
-            flush=True,
-        )
+        print(f"{self.name}: {epoch}, {numbers}, {seconds:.1f} s", flush=True)
+
+    def state_dict(self) -> dict[str, list[dict[str, float]]]:
+        return {"epochs": self.epochs}
+
+    def load_state_dict(self, state: dict[str, list[dict[str, float]]]) -> None:
+        self.epochs = state["epochs"]
 
 
 class PredictionTable(BasePredictionWriter):

@@ -46,6 +46,15 @@ def model_card(config: Mapping[str, Any]) -> str:
         for metric in config["metrics"]
     ]
     facts.append(("parameters", f"{config['parameters']:,}"))
+    if "speed" in config:
+        speed = config["speed"]
+        for mode in ("eager", "compiled"):
+            rate, ratio = speed[f"{mode}_images_per_second"], speed[f"{mode}_ratio"]
+            beside = "" if plain else f", {ratio:.2f} times the twin's"
+            what = (
+                f"images a second, {mode}, batches of {speed['batch']} on {speed['hardware']}, torch {speed['torch']}"
+            )
+            facts.append((what, f"{rate:,.0f}{beside}"))
     if not plain:
         facts.append(("operator", f"`{json.dumps(operator)}`"))
     for key, value in config["training"].items():

@@ -170,6 +170,24 @@ def save(
     return folder
 
 
+def record_speed(where: str | os.PathLike[str], speed: Mapping[str, Any]) -> None:
+    """Write into a checkpoint's ``config.json`` and card how fast it is, as JSON-able values.
+
+    Args:
+        speed: images a second and their ratio to the twin's, eager and compiled, and what they were measured on.
+
+    Raises:
+        ValueError: no such checkpoint.
+        CheckpointError: a folder that is incomplete or damaged.
+    """
+    folder = find(where)
+    config = {**read_config(folder), "speed": dict(speed)}
+    for name, text in ((CONFIG, json.dumps(config, indent=2, allow_nan=False) + "\n"), (CARD, model_card(config))):
+        draft = folder / f"{name}.part"
+        draft.write_text(text, encoding="utf-8")
+        draft.replace(folder / name)
+
+
 def round_weights(model: nn.Module) -> None:
     """Round every floating-point parameter and buffer, in place, to what float16 can hold; the dtypes stay."""
     with torch.no_grad():
@@ -204,14 +222,18 @@ def verify(
     return problems
 
 
-def accuracy(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[float, int]:
-    """Return the fraction of images whose largest logit is the label's in evaluation mode, and the images' number."""
+def accuracy(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], top: int = 1) -> tuple[float, int]:
+    """Return the fraction of images whose label has one of the ``top`` largest logits, and the images' number.
+
+    The model is in evaluation mode meanwhile.
+    """
     device, training = next(model.parameters()).device, model.training
     correct = total = 0
     model.eval()
     with torch.inference_mode():
         for images, labels in batches:
-            correct += (model(images.to(device)).argmax(1).cpu() == labels.cpu()).sum().item()
+            likeliest = model(images.to(device)).topk(top, dim=1).indices.cpu()
+            correct += (likeliest == labels.cpu().unsqueeze(1)).sum().item()
             total += len(labels)
     model.train(training)
     if not total:

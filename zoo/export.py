@@ -8,7 +8,7 @@ import zoo
 from operators.lookup import look_up
 from zoo.classifier import read_lightning_checkpoint, read_record
 from zoo.data import DATA, ImageData
-from zoo.models import ModelSpec
+from zoo.models import ImageModel, ModelSpec
 
 # Bytes of weights that an embedded checkpoint may have.
 LARGEST_EMBEDDED = 4 * 2**20
@@ -41,19 +41,12 @@ def export(
         FileExistsError: the folder exists and ``overwrite`` is false.
         FileNotFoundError: no such checkpoint, or no images.
     """
-    saved = read_lightning_checkpoint(checkpoint)
-    record = read_record(saved)
-    spec = ModelSpec.from_dict(record["spec"])
-    expected = f"{spec.architecture}_{spec.operator_name}"
+    model, record = trained_model(checkpoint)
+    expected = f"{model.spec.architecture}_{model.spec.operator_name}"
     if not folder.name.endswith(f"_{expected}"):
         raise ValueError(f"a checkpoint of this network is called <data>_{expected}, got {folder.name!r}")
     if folder.exists() and not overwrite:
         raise FileExistsError(f"{folder} exists; choose another name or parent (--to), or replace it (--overwrite)")
-    model = spec.build()
-    prefix = "model."
-    model.load_state_dict(
-        {key.removeprefix(prefix): value for key, value in saved["state_dict"].items() if key.startswith(prefix)}
-    )
     if precision is None:
         size = sum(tensor.nbytes for tensor in model.state_dict().values())
         precision = "float32" if size <= LARGEST_EMBEDDED else "float16"
@@ -69,6 +62,22 @@ def export(
     settings = {"licence": data.licence, "precision": precision, "overwrite": overwrite}
     zoo.save(model, folder, metrics=metrics, training=training, **settings)
     return metrics
+
+
+def trained_model(checkpoint: Path) -> tuple[ImageModel, dict[str, Any]]:
+    """Return the network of a Lightning checkpoint, in evaluation mode, and what is recorded of its training.
+
+    Raises:
+        FileNotFoundError, ValueError: no such checkpoint, or one that cannot be read.
+    """
+    saved = read_lightning_checkpoint(checkpoint)
+    record = read_record(saved)
+    model = ModelSpec.from_dict(record["spec"]).build()
+    prefix = "model."
+    model.load_state_dict(
+        {key.removeprefix(prefix): value for key, value in saved["state_dict"].items() if key.startswith(prefix)}
+    )
+    return model.eval(), record
 
 
 def recorded_data(record: dict[str, Any], root: str | None) -> ImageData:

@@ -1,7 +1,7 @@
-"""Pictures: the operators' curves, and classified images."""
+"""Pictures: the operators' curves, classified images, and the paper's tables."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -84,6 +84,52 @@ def plot_predictions(
     above, below = right.subplots(2, 1)
     draw_magnitudes(above, [operator] if operator else [])
     draw_angulars(below, [operator] if operator else [])
+    _write(figure, path)
+
+
+@matplotlib.rc_context(STYLE)
+def plot_table(
+    rows: Sequence[str],
+    columns: Sequence[str],
+    panels: Mapping[str, Mapping[tuple[str, str], Sequence[float]]],
+    label: str,
+    path: Path,
+) -> None:
+    """Write a PNG of tables side by side, one line of dots a row, one colour a column.
+
+    Args:
+        panels: for each panel's title the values of each (row, column); NaN, for a network that has not converged, is
+            drawn as a cross at the right edge.
+        label: what the values are.
+    """
+    figure = Figure(figsize=(12, 1.2 + 0.4 * len(rows)), layout="constrained")
+    for axes, (title, values) in zip(
+        figure.subplots(1, len(panels), sharey=True, squeeze=False)[0], panels.items(), strict=True
+    ):
+        for index, column in enumerate(columns):
+            points = [(value, place) for place, row in enumerate(rows) for value in values.get((row, column), ())]
+            # Numbers that are not finite are not drawn.
+            axes.scatter(*zip(*points, strict=True), color=f"C{index}", label=column)
+            for place in (place for value, place in points if not math.isfinite(value)):
+                edge = axes.get_yaxis_transform()
+                axes.plot(1, place, marker="x", color=f"C{index}", transform=edge, clip_on=False)
+        axes.set(xlabel=label, title=title)
+        axes.set_yticks(range(len(rows)), rows)
+        axes.grid(axis="y", linewidth=0.3)
+    axes.invert_yaxis()
+    axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.02, 1), title="× not converged")
+    _write(figure, path)
+
+
+@matplotlib.rc_context(STYLE)
+def plot_features(panels: Mapping[str, Sequence[Sequence[float]]], path: Path) -> None:
+    """Write a PNG of two-dimensional features: for each panel's title [x, y, label] of every image."""
+    figure = Figure(figsize=(12, 3.4), layout="constrained")
+    for axes, (title, features) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+        axes.set_title(title, fontsize=10)
+        horizontal, vertical, labels = zip(*features, strict=True)
+        points = axes.scatter(horizontal, vertical, c=labels, cmap="tab10", s=3)
+    figure.colorbar(points, label="class", ticks=sorted(set(labels)))
     _write(figure, path)
 
 

@@ -1,10 +1,13 @@
 """Train a recipe of ``configs/`` as far as the time goes, and the whole zoo, one recipe after another."""
 
+import contextlib
 import dataclasses
 import fnmatch
+import logging
 import os
 import time
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -79,44 +82,53 @@ class Trained:
     Attributes:
         checkpoint: the last one.
         finished: whether all epochs are trained.
-        epochs: one mapping of metrics for each epoch trained now.
+        stopped: why it cannot go on, if gradients were not finite.
+        epochs: one mapping of metrics for each epoch.
+        images_per_epoch: how many images an epoch has.
         data: the images, for whoever trains on them next.
     """
 
     checkpoint: Path
     finished: bool
+    stopped: str | None
     epochs: list[dict[str, float]]
-    data: ImageData
+    images_per_epoch: int | None
+    data: ImageData | None
 
 
 def train(
     recipe: Path,
-    folder: Path,
     device: Device,
     *,
+    folder: Path | None = None,
     options: Sequence[str] = (),
     deadline: float = float("inf"),
     data: ImageData | None = None,
 ) -> Trained:
-    """Train a recipe into ``folder``, going on where it was left, until it is finished or the time is over.
+    """Train a recipe, going on where it was left, until it is finished, fails or the time is over.
 
     Args:
         recipe: a configuration file of ``train.py fit``.
+        folder: where its Lightning checkpoints are; beside the recipe by default.
         options: further options of ``train.py fit``.
         deadline: on the clock of ``time.monotonic``; the training stops after the last epoch that ends before it.
         data: images that need not be read again if the recipe is for the same.
 
     Raises:
-        FloatingPointError: gradients that are not finite.
         ValueError, OSError: a recipe that cannot be trained, e.g. for want of its images.
     """
     torch.compiler.reset()
+    folder = folder or recipe.parent
     last = folder / "last.ckpt"
     arguments = ["fit", "--config", os.path.relpath(recipe), "--checkpoint.dirpath", str(folder)]
     arguments += [*device.options(), *options, *(["--ckpt_path", str(last)] if last.exists() else [])]
     lines = EpochLines(recipe.stem)
-    cli = run(arguments, [lines, StopInTime(deadline)], shared=data)
-    return Trained(last, is_finished(last), lines.epochs, cli.datamodule)
+    try:
+        with _one_line_an_epoch():
+            data = run(arguments, [lines, StopInTime(deadline)], shared=data).datamodule
+    except FloatingPointError as error:
+        return Trained(last, False, str(error), lines.epochs, lines.images_per_epoch, data)
+    return Trained(last, is_finished(last), None, lines.epochs, lines.images_per_epoch, data)
 
 
 def is_finished(checkpoint: Path) -> bool:
@@ -174,16 +186,35 @@ def train_zoo(
         try:
             work = WORK / recipe.stem / f"{wanted}_epochs"
             options = ["--trainer.max_epochs", str(wanted)]
-            trained = train(recipe, work, device, options=options, deadline=deadline, data=data)
+            trained = train(recipe, device, folder=work, options=options, deadline=deadline, data=data)
             data = trained.data
             if trained.finished:
                 all_well = _publish(trained, folder) and all_well
+            elif trained.stopped:
+                raise FloatingPointError(trained.stopped)
             else:
                 print(f"{recipe.stem}: goes on in the next call ({trained.checkpoint})")
         except CURABLE as error:
             print(f"{recipe.stem}: failed: {error}")
             all_well = False
     return all_well
+
+
+@contextlib.contextmanager
+def _one_line_an_epoch() -> Iterator[None]:
+    """Silence what Lightning tells of each training, and its warning that a folder to go on in is not empty."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Checkpoint directory .* exists")
+        warnings.filterwarnings("ignore", message="The number of training batches")
+        try:
+            for logger in loggers:
+                logger.setLevel(logging.WARNING)
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
 
 
 def _publish(trained: Trained, folder: Path) -> bool:

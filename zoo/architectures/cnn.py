@@ -1,5 +1,7 @@
 """Plain CNNs: blocks of 3×3 convolutions, each block followed by max pooling."""
 
+from collections.abc import Sequence
+
 from torch import Tensor, nn
 
 from zoo.architectures.network import Network, average_pool, classifier, convolution
@@ -13,7 +15,9 @@ class CNN(Network):
         convolutions: convolutions in each block.
         pools: how many blocks, from the first, are followed by 2×2 max pooling.
         hidden: width of a fully connected layer after the blocks; it reads every position, so the input size is fixed.
-            Without it, the features are averaged over all positions and any size that survives the pooling will do.
+        features: number of filters of a last convolution that covers the whole map, in place of the hidden layer: what
+            they answer is what the classifier reads, as it is. The input size is fixed then, too.
+            Without both, the features are averaged over all positions and any size that survives the pooling will do.
         input_size: height and width of the images, in pixels.
         batch_norm, relu: whether each layer has them; without batch normalisation, convolutions have a bias.
 
@@ -21,16 +25,17 @@ class CNN(Network):
         (N, in_chans, H, W) to (N, num_classes).
 
     Raises:
-        ValueError: images of a size that the network cannot take.
+        ValueError: images of a size that the network cannot take, or both ``hidden`` and ``features``.
     """
 
     def __init__(
         self,
-        widths: tuple[int, ...],
+        widths: Sequence[int],
         convolutions: int,
         *,
         pools: int,
         hidden: int | None = None,
+        features: int | None = None,
         num_classes: int = 10,
         in_chans: int = 3,
         input_size: int = 32,
@@ -38,8 +43,10 @@ class CNN(Network):
         relu: bool = True,
     ) -> None:
         super().__init__()
+        if hidden and features:
+            raise ValueError(f"a network has a hidden layer or a convolution of features, got {hidden} and {features}")
         self.smallest_size = 2**pools
-        self.takes_any_size = hidden is None
+        self.takes_any_size = not (hidden or features)
         self.input_size = input_size
         self.num_classes = num_classes
         layers: list[nn.Module] = []
@@ -52,16 +59,18 @@ class CNN(Network):
             if block < pools:
                 layers.append(nn.MaxPool2d(2))
         self.features = nn.Sequential(*layers)
-        if hidden:
-            positions = (input_size // 2**pools) ** 2
+        side = input_size // 2**pools
+        if features:
+            self.pool = nn.Sequential(nn.Conv2d(channels, features, side, bias=False), nn.Flatten())
+        elif hidden:
             self.pool = nn.Sequential(
                 nn.Flatten(),
-                nn.Linear(channels * positions, hidden),
+                nn.Linear(channels * side**2, hidden),
                 *_normalise_and_activate(nn.BatchNorm1d, hidden, batch_norm, relu),
             )
         else:
             self.pool = average_pool()
-        self.num_features = hidden or channels
+        self.num_features = hidden or features or channels
         self.fc = classifier(self.num_features, num_classes)
 
     def forward_features(self, images: Tensor) -> Tensor:
@@ -87,9 +96,17 @@ def _normalise_and_activate(norm: type[nn.Module], width: int, batch_norm: bool,
 
 
 def cnn6(
-    num_classes: int = 10, in_chans: int = 3, input_size: int = 8, batch_norm: bool = True, relu: bool = True
+    num_classes: int = 10,
+    in_chans: int = 3,
+    input_size: int = 8,
+    batch_norm: bool = True,
+    relu: bool = True,
+    features: int | None = None,
 ) -> CNN:
-    """Three blocks of two 3×3 convolutions, 32-64-128 filters, for small images (8×8 to 32×32); 288,000 parameters."""
+    """Three blocks of two 3×3 convolutions, 32-64-128 filters, for small images (8×8 to 32×32); 288,000 parameters.
+
+    ``features=2`` gives the classifier two numbers to read, which can be drawn.
+    """
     return CNN(
         widths=(32, 64, 128),
         convolutions=2,
@@ -99,21 +116,40 @@ def cnn6(
         input_size=input_size,
         batch_norm=batch_norm,
         relu=relu,
+        features=features,
     )
 
 
 def cnn9(
-    num_classes: int = 10, in_chans: int = 3, input_size: int = 32, batch_norm: bool = True, relu: bool = True
+    num_classes: int = 10,
+    in_chans: int = 3,
+    input_size: int = 32,
+    batch_norm: bool = True,
+    relu: bool = True,
+    widths: Sequence[int] = (64, 128, 256),
+    hidden: int = 512,
 ) -> CNN:
     """The paper's plain CNN: three blocks of three 3×3 convolutions, 64-128-256 filters, a 512-wide hidden layer."""
     return CNN(
-        widths=(64, 128, 256),
+        widths=widths,
         convolutions=3,
         pools=3,
-        hidden=512,
+        hidden=hidden,
         num_classes=num_classes,
         in_chans=in_chans,
         input_size=input_size,
         batch_norm=batch_norm,
         relu=relu,
     )
+
+
+def cnn9_no_batchnorm(
+    num_classes: int = 10,
+    in_chans: int = 3,
+    input_size: int = 32,
+    relu: bool = True,
+    widths: Sequence[int] = (64, 128, 256),
+    hidden: int = 512,
+) -> CNN:
+    """:func:`cnn9` without batch normalisation."""
+    return cnn9(num_classes, in_chans, input_size, False, relu, widths, hidden)

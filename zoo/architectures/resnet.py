@@ -1,5 +1,7 @@
 """Residual networks: He et al.'s for CIFAR, and the authors' modified ResNet-18 for ImageNet."""
 
+from collections.abc import Sequence
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -9,14 +11,14 @@ from zoo.architectures.network import Network, average_pool, classifier, convolu
 class BasicBlock(nn.Module):
     """Two 3×3 convolutions beside a shortcut without parameters: strided, and padded with zero channels."""
 
-    def __init__(self, in_channels: int, out_channels: int, stride: int = 1) -> None:
+    def __init__(self, in_channels: int, out_channels: int, stride: int = 1, relu: bool = True) -> None:
         super().__init__()
         self.conv1 = convolution(in_channels, out_channels, stride)
         self.bn1 = nn.BatchNorm2d(out_channels)
-        self.act1 = nn.ReLU(inplace=True)
+        self.act1 = _activation(relu)
         self.conv2 = convolution(out_channels, out_channels)
         self.bn2 = nn.BatchNorm2d(out_channels)
-        self.act2 = nn.ReLU(inplace=True)
+        self.act2 = _activation(relu)
         self.stride = stride
         self.extra_channels = out_channels - in_channels
 
@@ -35,6 +37,7 @@ class CIFARResNet(Network):
     Args:
         units: residual units in each of the three stages.
         widths: filters of each stage.
+        relu: whether the network has its activations; without them, only the operators are not linear.
 
     Shape:
         (N, in_chans, H, W) to (N, num_classes), for any H and W.
@@ -45,18 +48,24 @@ class CIFARResNet(Network):
     input_size = 32
 
     def __init__(
-        self, units: int, widths: tuple[int, int, int] = (16, 32, 64), *, num_classes: int = 10, in_chans: int = 3
+        self,
+        units: int,
+        widths: Sequence[int] = (16, 32, 64),
+        *,
+        num_classes: int = 10,
+        in_chans: int = 3,
+        relu: bool = True,
     ) -> None:
         super().__init__()
         self.num_classes = num_classes
         self.conv1 = convolution(in_chans, widths[0])
         self.bn1 = nn.BatchNorm2d(widths[0])
-        self.act1 = nn.ReLU(inplace=True)
+        self.act1 = _activation(relu)
         blocks: list[nn.Module] = []
         channels = widths[0]
         for stage, width in enumerate(widths):
             for unit in range(units):
-                blocks.append(BasicBlock(channels, width, stride=2 if stage and not unit else 1))
+                blocks.append(BasicBlock(channels, width, 2 if stage and not unit else 1, relu))
                 channels = width
         self.blocks = nn.Sequential(*blocks)
         self.pool = average_pool()
@@ -120,24 +129,32 @@ class ModifiedResNet18(Network):
         return self.blocks(self.stem(images))
 
 
+def _activation(relu: bool) -> nn.Module:
+    return nn.ReLU(inplace=True) if relu else nn.Identity()
+
+
 def _prelu_layer(layer: nn.Conv2d, batch_norm: bool) -> list[nn.Module]:
     width = layer.out_channels
     return [layer, *([nn.BatchNorm2d(width)] if batch_norm else []), nn.PReLU(width)]
 
 
-def resnet20(num_classes: int = 10, in_chans: int = 3, widths: tuple[int, int, int] = (16, 32, 64)) -> CIFARResNet:
+def resnet20(
+    num_classes: int = 10, in_chans: int = 3, widths: Sequence[int] = (16, 32, 64), relu: bool = True
+) -> CIFARResNet:
     """ResNet-20 for CIFAR: three units a stage, 16-32-64 filters; about 270,000 parameters."""
-    return CIFARResNet(3, tuple(widths), num_classes=num_classes, in_chans=in_chans)
+    return CIFARResNet(3, widths, num_classes=num_classes, in_chans=in_chans, relu=relu)
 
 
-def resnet32(num_classes: int = 10, in_chans: int = 3, widths: tuple[int, int, int] = (16, 32, 64)) -> CIFARResNet:
+def resnet32(
+    num_classes: int = 10, in_chans: int = 3, widths: Sequence[int] = (16, 32, 64), relu: bool = True
+) -> CIFARResNet:
     """ResNet-32 for CIFAR: five units a stage, 16-32-64 filters; about 460,000 parameters."""
-    return CIFARResNet(5, tuple(widths), num_classes=num_classes, in_chans=in_chans)
+    return CIFARResNet(5, widths, num_classes=num_classes, in_chans=in_chans, relu=relu)
 
 
-def resnet32_wide(num_classes: int = 10, in_chans: int = 3) -> CIFARResNet:
+def resnet32_wide(num_classes: int = 10, in_chans: int = 3, relu: bool = True) -> CIFARResNet:
     """The authors' CIFAR network: ResNet-32 with 96-192-384 filters; about 17 million parameters."""
-    return CIFARResNet(5, (96, 192, 384), num_classes=num_classes, in_chans=in_chans)
+    return CIFARResNet(5, (96, 192, 384), num_classes=num_classes, in_chans=in_chans, relu=relu)
 
 
 def resnet18_modified(num_classes: int = 1000, in_chans: int = 3, batch_norm: bool = True) -> ModifiedResNet18:

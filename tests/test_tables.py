@@ -1,0 +1,252 @@
+"""The paper's tables: their cells are what they say, train at the tiny scale, and are reported as measured."""
+
+import json
+import math
+
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+import zoo
+from operators import OperatorConfig
+from zoo import reports, tables
+from zoo.cards import markdown_table
+from zoo.measures import MEASURES, sample_features
+from zoo.models import ModelSpec
+from zoo.tables import list_tables, merged, read_results, read_table, result_path, run_table
+from zoo.training import Device
+
+CPU = Device("cpu", compile=False)
+PAPER_ROWS = {
+    "no_batchnorm": {
+        "LinearConv": [33.39, 31.76, "N/C"],
+        "TanhConv": [32.88, 31.88, 34.26],
+        "SegConv": [34.69, 30.34, "N/C"],
+    },
+    "no_relu": {
+        "SphereConv": [33.31, 25.90, 26.00, 26.97],
+        "BallConv": [31.81, 25.43, 25.18, 26.48],
+        "TanhConv": [32.27, 25.27, 25.15, 26.94],
+        "LinearConv": [36.49, 24.36, 24.81, 25.14],
+        "SegConv": [33.57, 24.29, 24.96, 25.04],
+        "LogConv": [33.62, 24.91, 25.17, 25.85],
+        "MixConv": [33.46, 24.93, 25.27, 25.77],
+    },
+    "imagenet": {
+        "standard": [12.63, 12.68, 11.99, 12.47],
+        "modified": [12.10, 11.55, 11.50, 11.10],
+        "modified, no BatchNorm": ["N/C", 13.30, "N/C", 12.79],
+    },
+}
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", PAPER_ROWS)
+def test_the_papers_numbers_are_the_papers(name):
+    table = read_table(name)
+    for row, numbers in PAPER_ROWS[name].items():
+        assert [table.paper[row, column] for column in table.columns] == numbers
+
+
+@pytest.mark.parametrize("name", list_tables())
+@pytest.mark.parametrize("scale", ["tiny", "small", "full"])
+def test_a_cell_is_its_row_and_column(name, scale):
+    table = read_table(name)
+    cells = table.cells(scale)
+    assert {(cell.row, cell.column) for cell in cells} >= set(table.paper)
+    magnitudes = {"convolution": "conv", "standard": None, "modified": None, "modified, no BatchNorm": None}
+    recipes = [json.dumps(cell.recipe) for cell in cells]
+    assert len(set(recipes)) == len(cells) == len({cell.name for cell in cells})
+    for cell in cells:
+        model = cell.recipe["model"]
+        operator = "conv" if model["operator"] == "conv" else OperatorConfig.parse(model["operator"])
+        kind = cell.row if magnitudes.get(cell.row, "") is not None else cell.column
+        wanted = "conv" if kind == "convolution" else kind.removesuffix("Conv").lower()
+        assert (operator if operator == "conv" else operator.magnitude) == wanted
+        if operator != "conv":
+            angular = cell.column.split(",")[0].replace(" ", "_")
+            assert operator.angular == (angular if name in ("no_batchnorm", "no_relu") else "cosine")
+        assert cell.recipe["seed_everything"] == cell.seed
+        if name == "no_relu":
+            assert model["architecture_args"]["relu"] == ("no ReLU" not in cell.column)
+        if name == "no_batchnorm" or "no BatchNorm" in cell.row:
+            assert model["architecture_args"]["batch_norm"] is False
+    # Nothing but row, column and seed differs between cells.
+    rest = {json.dumps({**cell.recipe, "seed_everything": 0, "model": plain(cell.recipe["model"])}) for cell in cells}
+    assert len(rest) == 1
+
+
+def plain(model):
+    """Return the settings of a model that its row and column do not choose."""
+    arguments = dict(model.get("architecture_args", {}))
+    for argument in ("relu", "batch_norm"):
+        arguments.pop(argument, None)
+    rest = {key: model[key] for key in sorted(model) if key not in ("operator", "architecture", "architecture_args")}
+    return {**rest, "architecture_args": arguments}
+
+
+@pytest.mark.parametrize("name", list_tables())
+def test_a_table_trains_at_the_tiny_scale_and_goes_on_where_it_stopped(name, here, monkeypatch, capsys):
+    for split in ("train", "val"):
+        for label in range(6):
+            path = here / "data/imagenet_tiny" / split / str(label)
+            path.mkdir(parents=True)
+            for index in range(3):
+                Image.new("RGB", (40, 32), (40 * label, 80 * index, 0)).save(path / f"{index}.png")
+    table = read_table(name)
+    # The first, the last and two between: the others differ from these in a name only.
+    all_cells = table.cells("tiny")
+    chosen = [all_cells[0], *all_cells[1::7][:2], all_cells[-1]]
+    monkeypatch.setattr(tables.Table, "cells", lambda self, scale: chosen[:2])
+    assert run_table(table, "tiny", device=CPU, results=here)
+    path = result_path(name, "tiny", here)
+    first = read_results(path)
+    monkeypatch.setattr(tables.Table, "cells", lambda self, scale: chosen)
+    assert not run_table(table, "tiny", device=CPU, minutes=0.01, results=here)
+    assert "no time left" in capsys.readouterr().out
+    assert run_table(table, "tiny", device=CPU, results=here)
+    results = read_results(path)
+    assert results[:2] == first and len(results) == len(chosen)
+    for result, cell in zip(results, chosen, strict=True):
+        assert result["recipe"] == cell.recipe and result["epochs"][-1]["epoch"] == 1
+        assert all(math.isfinite(result[metric]) for metric in table.metrics)
+        assert result["test_images"] == (18 if name == "imagenet" else 360)
+    # Another recipe than that of the result is trained again, afresh.
+    chosen[0].recipe["model"]["learning_rate"] = 1e-5
+    assert run_table(table, "tiny", device=CPU, results=here)
+    again = read_results(path)
+    assert again[1:] == results[1:] and again[0]["recipe"]["model"]["learning_rate"] == 1e-5
+
+
+def test_a_cell_that_diverges_is_reported_as_such(here):
+    table = read_table("no_batchnorm")
+    (cell,) = [cell for cell in table.cells("tiny") if cell.row == "convolution"]
+    cell.recipe["model"].update(optimizer="sgd", learning_rate=1e30, warmup=0.0)
+    cell.recipe["trainer"]["limit_train_batches"] = 10
+    one = type("One", (), {"cells": lambda self, scale: [cell], "name": table.name, "metrics": table.metrics})()
+    assert run_table(one, "tiny", device=CPU, results=here)
+    (result,) = read_results(result_path(table.name, "tiny", here))
+    assert result["error"] is None and not result["converged"] and "is not finite" in result["stopped"]
+    assert reports.cell_text([result], "convolution", "cosine", "error") == "N/C"
+
+
+def test_merging_joins_mappings_and_replaces_the_rest():
+    first = {"model": {"operator": {"magnitude": "tanh"}, "widths": [1, 2]}, "data": "Digits"}
+    second = {"model": {"operator": {"angular": "cosine"}, "widths": [3]}, "data": {"class_path": "MNIST"}}
+    assert merged(first, second) == {
+        "model": {"operator": {"magnitude": "tanh", "angular": "cosine"}, "widths": [3]},
+        "data": {"class_path": "MNIST"},
+    }
+    assert merged(second, {"model": {"operator": "conv"}})["model"]["operator"] == "conv"
+    assert first["model"]["operator"] == {"magnitude": "tanh"}
+
+
+class Known(nn.Module):
+    """Features and logits that are known: an image's features are its first two pixels."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(2, 6, bias=False)
+        self.fc.weight.data = torch.tensor([[0.0, 0], [0, 1], [0, 2], [0, 3], [0, 4], [0, 5]])
+
+    def get_classifier(self):
+        return self.fc
+
+    def forward(self, images):
+        return self.fc(images.flatten(1)[:, :2])
+
+
+def test_measures_of_known_features():
+    spec = ModelSpec("cnn6", None, tuple("abcdef"), 1, 2, (0.0,), (1.0,), {})
+    model = zoo.ImageModel(Known(), spec)
+    features = torch.tensor([[0.0, 0.0], [0.0, 1.0], [0.6, 0.5], [0.8, 0.5]])
+    labels = torch.tensor([0, 0, 5, 5])
+    batches = [(torch.cat([features, features], 1).view(4, 1, 2, 2), labels)]
+    # The centres are (0, ½) and (0.7, ½), the mean distances to them ½ and 0.1.
+    assert MEASURES["spread"].measure(model, batches) == pytest.approx(0.3 / 0.7)
+    # Logits grow with the class for a positive second feature; the first image has equal logits.
+    assert MEASURES["error"].measure(model, [(images[1:], labels[1:]) for images, labels in batches]) == pytest.approx(
+        100 / 3
+    )
+    assert MEASURES["top5_error"].measure(model, [(batches[0][0][1:], labels[1:])]) == pytest.approx(100 / 3)
+    assert sample_features(model, batches) == [[0.0, 0.0, 0], [0.0, 1.0, 0], [0.6, 0.5, 5], [0.8, 0.5, 5]]
+
+
+def test_unknown_names_bring_the_nearest():
+    with pytest.raises(ValueError, match="unknown table 'no_relus'. Did you mean 'no_relu'. Choose one of: f"):
+        read_table("no_relus")
+    with pytest.raises(ValueError, match="unknown scale 'large'. .*Choose one of: full, small, tiny"):
+        read_table("no_relu").cells("large")
+
+
+def result(row, column, seed, error, converged=True):
+    return {"row": row, "column": column, "seed": seed, "error": error, "converged": converged}
+
+
+def test_a_table_shows_mean_and_deviation_of_seeds_beside_the_paper():
+    table = read_table("no_batchnorm")
+    results = [result("TanhConv", "cosine", seed, error) for seed, error in enumerate((10.0, 12.0, 14.0))]
+    results += [result("SegConv", "square cosine", 0, None, converged=False), result("convolution", "cosine", 0, 9.5)]
+    assert reports.table_markdown(table, results) == markdown_table(
+        ["", "linear", "cosine", "square cosine"],
+        [
+            ["convolution", "–", "9.50 (35.30)", "–"],
+            ["LinearConv", "– (33.39)", "– (31.76)", "– (N/C)"],
+            ["TanhConv", "– (32.88)", "12.00 ± 2.00 (31.88)", "– (34.26)"],
+            ["SegConv", "– (34.69)", "– (30.34)", "N/C (N/C)"],
+        ],
+    )
+
+
+def test_the_interval_is_wilsons():
+    """Brown, Cai and DasGupta 2001, equation 4: centre (x + z²/2) / (n + z²)."""
+    z = 1.959964
+    for hits, count in ((9950, 10000), (360, 360), (1, 7)):
+        centre = (hits + z**2 / 2) / (count + z**2)
+        half = z * math.sqrt(count) / (count + z**2) * math.sqrt(hits / count * (1 - hits / count) + z**2 / 4 / count)
+        assert reports.interval(hits / count, count) == pytest.approx((centre - half, centre + half), abs=1e-6)
+
+
+def test_only_what_stands_between_the_marks_is_replaced():
+    text = "a\n<!-- begin one -->\nold\n<!-- end one -->\nb\n<!-- begin two --><!-- end two -->\n"
+    assert reports.filled(text, {"one": "new", "two": "also"}) == (
+        "a\n<!-- begin one -->\n\nnew\n\n<!-- end one -->\nb\n<!-- begin two -->\n\nalso\n\n<!-- end two -->\n"
+    )
+
+
+def test_what_stands_in_the_docs_is_what_was_measured():
+    blocks = reports.report_blocks()
+    for path in (reports.README, reports.PAGE):
+        text = path.read_text(encoding="utf-8")
+        assert reports.filled(text, blocks) == text, "python -m zoo reports writes it again"
+
+
+@pytest.mark.parametrize("name", list_tables())
+def test_published_results_are_of_the_recipes_that_stand_there(name):
+    for path in tables.RESULTS.glob(f"{name}_*.json"):
+        scale = path.stem.removeprefix(f"{name}_")
+        cells = {(cell.row, cell.column, cell.seed): cell.recipe for cell in read_table(name).cells(scale)}
+        results = read_results(path)
+        assert [(one["row"], one["column"], one["seed"]) for one in results] == list(cells)
+        for one in results:
+            assert one["recipe"] == cells[one["row"], one["column"], one["seed"]]
+
+
+def test_pictures_are_drawn(tmp_path):
+    table = read_table("no_relu")
+    results = [result(row, column, 0, 20.0, row != "BallConv") for row in table.rows for column in table.columns]
+    for one in results:
+        one["data"] = "photos"
+    reports.draw(table, results, tmp_path / "table.png")
+    measured = {"spread": 0.25, "features": [[0.5, 0.25, 1], [1.0, 0.0, 3]]}
+    scattered = [{**result(row, "", 0, 1.5), **measured} for row in ("convolution", "SphereConv")]
+    reports.draw(read_table("features_2d"), scattered, tmp_path / "features.png")
+    for name in ("table", "features"):
+        with Image.open(tmp_path / f"{name}.png") as picture:
+            assert picture.size[0] > 1000

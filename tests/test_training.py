@@ -1,0 +1,212 @@
+"""``python -m zoo train-zoo``: every recipe trains, stops in time, goes on where it was killed, and is verified."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+import zoo
+from operators import OperatorConfig
+from tests.test_data import write_dataset
+from zoo import training
+from zoo.callbacks import StopInTime
+from zoo.checkpoints import read_config
+from zoo.classifier import Classifier, read_lightning_checkpoint
+from zoo.training import Device, is_finished, recipes, train, train_zoo
+
+CPU = Device("cpu", compile=False)
+NAMES = [path.stem for path in recipes()]
+CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".split()
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """Write a few images where the recipes expect theirs."""
+    folder = tmp_path_factory.mktemp("images")
+    write_dataset("MNIST", folder / "data")
+    for split, count in (("train", 3), ("test", 1)):
+        for label, name in enumerate(CLASSES):
+            path = folder / "data/cifar10" / split / name
+            path.mkdir(parents=True)
+            for index in range(count):
+                Image.new("RGB", (32, 32), (20 * label, 60 * index, 100)).save(path / f"{index}.jpg")
+    return folder
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_every_recipe_but_that_for_fine_tuning_is_of_the_zoo():
+    assert {path.stem for path in training.CONFIGS.glob("*.yaml")} - {"finetune"} == set(NAMES)
+    assert len(NAMES) == len(set(NAMES))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_recipe_is_named_for_what_it_trains_and_differs_from_its_twin_in_the_operator_alone(name):
+    recipe = yaml.safe_load((training.CONFIGS / f"{name}.yaml").read_text(encoding="utf-8"))
+    operator = recipe["model"].pop("operator")
+    operator_name = operator if operator == "conv" else OperatorConfig.parse(operator).name
+    family = name.removesuffix(f"_{operator_name}")
+    assert family.endswith(f"_{recipe['model']['architecture']}")
+    twin = yaml.safe_load((training.CONFIGS / f"{family}_conv.yaml").read_text(encoding="utf-8"))
+    assert twin["model"].pop("operator") == "conv" and recipe == twin
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_recipe_trains_and_gives_a_checkpoint(name, images, tmp_path, monkeypatch):
+    monkeypatch.chdir(images)
+    monkeypatch.setattr(training, "WORK", tmp_path / "work")
+    assert train_zoo(name, device=CPU, epochs=1, to=tmp_path)
+    config = read_config(tmp_path / name)
+    assert config["training"]["epochs"] == 1 and config["metrics"][-1]["split"] == "test"
+    assert (tmp_path / name / "model.safetensors").stat().st_size <= 4 * 2**20
+    assert config["precision"] == ("float16" if "cnn9" in name else "float32")
+    recipe = yaml.safe_load((training.CONFIGS / f"{name}.yaml").read_text(encoding="utf-8"))
+    assert read_operator(config["operator"]) == read_operator(recipe["model"]["operator"])
+
+
+def read_operator(operator):
+    return operator if operator == "conv" else OperatorConfig.parse(operator)
+
+
+def test_all_checkpoints_of_the_zoo_fit_into_40_mib(images):
+    total = 0
+    for path in recipes():
+        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))["model"]
+        small = {"mnist": (1, 28), "digits": (1, 8)}.get(path.stem.split("_")[0], (3, 32))
+        arguments = recipe.get("architecture_args", {})
+        model = zoo.build(recipe["architecture"], in_chans=small[0], input_size=small[1], **arguments)
+        size = sum(tensor.nbytes for tensor in model.state_dict().values())
+        total += size / 2 if size > 4 * 2**20 else size
+    assert total < 40 * 2**20
+
+
+def test_the_zoo_goes_on_where_it_stopped_and_leaves_what_is_there(here, capsys, monkeypatch):
+    name, work = "digits_cnn6_conv", here / "work"
+    monkeypatch.setattr(training, "WORK", work)
+    monkeypatch.setattr(StopInTime, "on_train_epoch_end", stop)
+    assert train_zoo(name, device=CPU, minutes=1, epochs=3, to=here)
+    assert "goes on in the next call" in capsys.readouterr().out and not (here / name).exists()
+    assert not is_finished(work / name / "3_epochs/last.ckpt")
+    monkeypatch.undo()
+    monkeypatch.chdir(here)
+    monkeypatch.setattr(training, "WORK", work)
+    assert train_zoo(name, device=CPU, epochs=3, to=here)
+    printed = capsys.readouterr().out
+    assert "epoch 2 of 3" in printed and "epoch 1 of 3" not in printed and "verified" in printed
+    assert is_finished(work / name / "3_epochs/last.ckpt")
+    command = read_config(here / name)["training"]["command"]
+    assert command.startswith("python train.py fit --config ") and command.count("&&") == 1
+    before = (here / name / "config.json").read_bytes()
+    for epochs in (3, 2):
+        assert train_zoo(name, device=CPU, epochs=epochs, to=here)
+        assert capsys.readouterr().out == f"{name}: has its checkpoint\n"
+    assert (here / name / "config.json").read_bytes() == before
+    assert train_zoo(name, device=CPU, epochs=4, to=here)
+    assert read_config(here / name)["training"]["epochs"] == 4
+
+
+def stop(self, trainer, module):
+    trainer.should_stop = True
+
+
+@pytest.mark.parametrize(("remaining", "stops"), [(2.5, False), (1.5, True), (-1, True)])
+def test_training_stops_if_no_time_is_left_for_another_epoch(remaining, stops, monkeypatch):
+    clock = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    callback, trainer = StopInTime(deadline=102 + remaining), type("Trainer", (), {"should_stop": False})
+    callback.on_train_epoch_start(trainer, None)
+    clock[0] += 2
+    callback.on_train_epoch_end(trainer, None)
+    assert trainer.should_stop == stops
+
+
+def test_no_recipe_is_begun_without_time(here, capsys):
+    assert train_zoo("digits*", device=CPU, minutes=0.01, epochs=1, to=here)
+    assert capsys.readouterr().out.count("no time left") == 3 and list(here.iterdir()) == []
+
+
+def test_a_killed_training_loses_at_most_one_epoch(here):
+    command = [sys.executable, "-m", "zoo", "train-zoo", "--only", "digits_cnn6_conv", "--epochs", "400", "--to", "."]
+    environment = {**os.environ, "PYTHONPATH": str(training.CONFIGS.parent)}
+    log = here / "log"
+    with open(log, "w") as file:
+        process = subprocess.Popen([*command, "--device", "cpu"], stdout=file, stderr=file, env=environment)
+        while "epoch 3 of 400" not in log.read_text():
+            assert process.poll() is None, log.read_text()
+            time.sleep(0.05)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    told = log.read_text().count(" of 400,")
+    saved = read_lightning_checkpoint(here / "outputs/zoo/digits_cnn6_conv/400_epochs/last.ckpt")
+    assert saved["epoch"] + 1 >= told - 1
+
+
+@pytest.mark.parametrize("why", ["no images", "not finite"])
+def test_a_recipe_that_fails_is_told_and_the_next_one_is_trained(why, here, capsys, monkeypatch):
+    if why == "no images":
+        only, wrong = "*_cnn6_conv", "mnist_cnn6_conv"
+        expected = "failed: no complete MNIST under"
+    else:
+        only, wrong = "digits_cnn6_*", "digits_cnn6_conv"
+        expected = "failed: training stopped at step 0, where the gradient"
+        training_step = Classifier.training_step
+
+        def broken(self, *arguments):
+            loss = training_step(self, *arguments)
+            return loss * float("nan") if self.model.spec.operator is None else loss
+
+        monkeypatch.setattr(Classifier, "training_step", broken)
+    assert not train_zoo(only, device=CPU, epochs=1, to=here)
+    printed = capsys.readouterr().out
+    assert f"{wrong}: {expected}" in printed and printed.count("verified") == len(zoo_folders(here)) > 0
+    assert wrong not in zoo_folders(here)
+
+
+def zoo_folders(folder):
+    return {path.parent.name for path in folder.glob("*/config.json")}
+
+
+def test_wrong_names_bring_what_there_is(here):
+    with pytest.raises(ValueError, match="no recipe matches 'imagenet'; there are digits_cnn6_conv, .*mnist"):
+        recipes("imagenet")
+    with pytest.raises(ValueError, match="device is auto, cpu, or cuda where torch finds a GPU; got 'tpu'"):
+        Device.choose("tpu")
+
+
+def test_compiled_training_gives_what_eager_training_gives(here):
+    """Four steps on Digits, in float32; the compiled one rounds otherwise."""
+    models = []
+    for compile in (False, True):
+        options = ["--trainer.max_epochs", "1", "--trainer.limit_train_batches", "4", "--data.augment", "none"]
+        if compile:
+            options += ["--model.compile", "true"]
+        trained = train(
+            training.CONFIGS / "digits_cnn6_tanh_cosine.yaml", CPU, folder=here / str(compile), options=options
+        )
+        models.append(read_lightning_checkpoint(trained.checkpoint)["state_dict"])
+    assert models[0].keys() == models[1].keys()
+    for name, value in models[0].items():
+        torch.testing.assert_close(models[1][name], value, rtol=1e-3, atol=1e-4)
+
+
+def test_the_history_of_epochs_survives_a_stop(here, monkeypatch):
+    recipe = training.CONFIGS / "digits_cnn6_conv.yaml"
+    options = ["--trainer.max_epochs", "2"]
+    monkeypatch.setattr(StopInTime, "on_train_epoch_end", stop)
+    first = train(recipe, CPU, folder=here / "run", options=options)
+    second = train(recipe, CPU, folder=here / "run", options=options, data=first.data)
+    assert [epoch["epoch"] for epoch in first.epochs] == [1] and not first.finished
+    assert [epoch["epoch"] for epoch in second.epochs] == [1, 2] and second.finished
+    assert second.epochs[0] == first.epochs[0] and json.dumps(second.epochs)
+    assert second.images_per_epoch == 20 * 64 and second.data.split("train") is first.data.split("train")

@@ -1,0 +1,188 @@
+"""What stands in README and docs about trained networks, generated from checkpoint folders and ``results/tables``."""
+
+import math
+import re
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from scipy.stats import binomtest
+
+import zoo
+from zoo.cards import markdown_table
+from zoo.checkpoints import PRETRAINED, WEIGHTS, read_config
+from zoo.measures import MEASURES
+from zoo.models import PLAIN
+from zoo.plots import plot_features, plot_table
+from zoo.tables import RESULTS, Table, list_tables, read_results, read_table, result_path
+from zoo.training import recipes
+
+ROOT = Path(__file__).resolve().parent.parent
+README, PAGE = ROOT / "README.md", ROOT / "docs" / "results.md"
+
+# The largest scale that was trained is shown; the tiny one only shows that a table can be trained.
+SHOWN = ("full", "small")
+NOT_CONVERGED = "N/C"
+NOT_TRAINED = "–"
+
+Results = Sequence[Mapping[str, Any]]
+
+
+def write_reports() -> list[Path]:
+    """Write the generated parts of README.md and docs/results.md and the tables' pictures; return the files."""
+    pictures = []
+    for name in list_tables():
+        if results := shown_results(name)[1]:
+            pictures.append(ROOT / "docs" / f"{name}.png")
+            draw(read_table(name), results, pictures[-1])
+    blocks = report_blocks()
+    for path in (README, PAGE):
+        path.write_text(filled(path.read_text(encoding="utf-8"), blocks), encoding="utf-8")
+    return [README, PAGE, *pictures]
+
+
+def report_blocks() -> dict[str, str]:
+    """Return the generated parts by name: "zoo", and each table with what its numbers are."""
+    blocks = {"zoo": zoo_table()}
+    for name in list_tables():
+        table = read_table(name)
+        scale, results = shown_results(name)
+        blocks[name] = f"{table_markdown(table, results)}\n\n{provenance(table, scale, results)}"
+    return blocks
+
+
+def filled(text: str, blocks: Mapping[str, str]) -> str:
+    """Return the text with what stands between ``<!-- begin NAME -->`` and ``<!-- end NAME -->`` replaced."""
+
+    def block(found: re.Match[str]) -> str:
+        return f"<!-- begin {found[1]} -->\n\n{blocks[found[1]]}\n\n<!-- end {found[1]} -->"
+
+    return re.sub(r"<!-- begin (\w+) -->.*?<!-- end \1 -->", block, text, flags=re.DOTALL)
+
+
+def zoo_table() -> str:
+    """Return the table of the embedded checkpoints in Markdown, each plain twin above the others of its family."""
+    header = ("checkpoint", "data", "test accuracy, %", "95 % interval", "images", "parameters")
+    header += ("images/s, eager", "compiled", "MiB", "recipe")
+    rows = []
+    embedded = zoo.list_checkpoints()
+    for name in (path.stem for path in recipes() if path.stem in embedded):
+        folder = PRETRAINED / name
+        config = read_config(folder)
+        metric = config["metrics"][-1]
+        low, high = interval(metric["value"], metric["images"])
+        epochs = config["training"]["epochs"]
+        rows.append(
+            (
+                name,
+                metric["dataset"],
+                f"{100 * metric['value']:.2f}",
+                f"{100 * low:.2f}–{100 * high:.2f}",
+                f"{metric['images']:,}",
+                f"{config['parameters']:,}",
+                *_speed(config),
+                f"{(folder / WEIGHTS).stat().st_size / 2**20:.1f}",
+                f"[{epochs} epochs](configs/{name}.yaml)",
+            )
+        )
+    return markdown_table(header, rows)
+
+
+def interval(share: float, count: int) -> tuple[float, float]:
+    """Return Wilson's 95 % confidence interval of a share measured on ``count`` images."""
+    low, high = binomtest(round(share * count), count).proportion_ci(method="wilson")
+    return float(low), float(high)
+
+
+def shown_results(name: str, results: Path = RESULTS) -> tuple[str, list[dict[str, Any]]]:
+    """Return the largest scale that a table was trained at, and its results."""
+    for scale in SHOWN:
+        if cells := read_results(result_path(name, scale, results)):
+            return scale, cells
+    return "", []
+
+
+def table_markdown(table: Table, results: Results) -> str:
+    """Return a table in Markdown, our numbers with the paper's in brackets."""
+    header = ["", *(_header(table, column, metric) for column in table.columns for metric in table.metrics)]
+    rows = []
+    for row in table.rows:
+        cells = []
+        for column in table.columns:
+            for metric in table.metrics:
+                ours = cell_text(results, row, column, metric)
+                paper = table.paper.get((row, column)) if metric == table.metrics[0] else None
+                number = f"{paper:.2f}" if isinstance(paper, float) else paper
+                cells.append(ours if paper is None else f"{ours} ({number})")
+        rows.append([row, *cells])
+    return markdown_table(header, rows)
+
+
+def cell_text(results: Results, row: str, column: str, metric: str) -> str:
+    """Return the mean over seeds, with the standard deviation if there are several; "N/C" if any has not converged."""
+    found = [result for result in results if (result["row"], result["column"]) == (row, column)]
+    if not found:
+        return NOT_TRAINED
+    if not all(result["converged"] for result in found):
+        return NOT_CONVERGED
+    values = [result[metric] for result in found]
+    deviation = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.2f}{deviation}"
+
+
+def provenance(table: Table, scale: str, results: Results) -> str:
+    """Return in a sentence or two what a table's numbers are and where they come from."""
+    measured = "; ".join(MEASURES[metric].title for metric in table.metrics)
+    paper = f", in brackets the paper's on {table.paper_data}" if table.paper_data else ""
+    if not results:
+        return f"{measured[0].upper()}{measured[1:]}{paper}. Not trained here."
+    finished = next(result for result in results if result["converged"])
+    last = finished["epochs"][-1]["epoch"]
+    seeds = len({result["seed"] for result in results})
+    images = f"{last} epochs of {finished['images_per_epoch']:,} images, {finished['test_images']:,} test images"
+    longest = max(result["minutes"] for result in results)
+    return (
+        f"{measured[0].upper()}{measured[1:]}{paper}. Here: {finished['data']}, scale `{scale}` "
+        f"({_network(finished['recipe'])}; {images}; {seeds} seed{'s' * (seeds > 1)}; "
+        f"{finished['hardware']}, at most {longest:.1f} minutes a cell): "
+        f"`python -m zoo table {table.name} --scale {scale}`."
+    )
+
+
+def draw(table: Table, results: Results, path: Path) -> None:
+    """Write the picture of a table: its features if they were measured, else its numbers beside the paper's."""
+    if "spread" in table.metrics:
+        drawn = [result for result in results if result["seed"] == 0 and result["converged"]]
+        titles = [f"{result['row']}\nerror {result['error']:.2f} %, spread {result['spread']:.2f}" for result in drawn]
+        plot_features(dict(zip(titles, (result["features"] for result in drawn), strict=True)), path)
+        return
+    metric = table.metrics[0]
+    ours: dict[tuple[str, str], list[float]] = {}
+    for result in results:
+        value = result[metric] if result["converged"] else math.nan
+        ours.setdefault((result["row"], result["column"]), []).append(value)
+    paper = {place: [value if isinstance(value, float) else math.nan] for place, value in table.paper.items()}
+    data = next(result["data"] for result in results if "data" in result)
+    panels = {f"here: {data}": ours, f"the paper: {table.paper_data}": paper}
+    plot_table(table.rows, table.columns, panels, MEASURES[metric].title, path)
+
+
+def _network(recipe: Mapping[str, Any]) -> str:
+    model = recipe["model"]
+    widths = model.get("architecture_args", {}).get("widths")
+    return model["architecture"] + (f" with {'-'.join(map(str, widths))} filters" if widths else "")
+
+
+def _header(table: Table, column: str, metric: str) -> str:
+    return column if len(table.metrics) == 1 else f"{column} {MEASURES[metric].title}".strip()
+
+
+def _speed(config: Mapping[str, Any]) -> tuple[str, str]:
+    """Return images a second of the twin, and of others how many times the twin's, eager and compiled."""
+    speed = config.get("speed")
+    if speed is None:
+        return NOT_TRAINED, NOT_TRAINED
+    if config["operator"] == PLAIN:
+        return tuple(f"{speed[f'{mode}_images_per_second']:,.0f}" for mode in ("eager", "compiled"))
+    return tuple(f"× {speed[f'{mode}_ratio']:.2f}" for mode in ("eager", "compiled"))
