@@ -53,11 +53,14 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads (default: %(default)s)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     parsed = parser.parse_args()
+    if parsed.rounds < 3:
+        parser.error(f"--rounds must be at least 3 for a median and quartiles, got {parsed.rounds}")
     torch.set_num_threads(parsed.threads)
     warnings.filterwarnings("ignore", module="torch")
     for names in families().values():
         for name, numbers in speeds(names, parsed.batch, parsed.rounds, parsed.device).items():
-            zoo.record_speed(name, {**numbers, "batch": parsed.batch, **measure.describe(parsed)})
+            machine = measure.describe(parsed.device, parsed.threads)
+            zoo.record_speed(name, {**numbers, "batch": parsed.batch, "rounds": parsed.rounds, **machine})
 
 
 if __name__ == "__main__":

@@ -157,11 +157,10 @@ def arguments(description: str, output: str, rounds: int, names: Sequence[str]) 
     return parsed
 
 
-def describe(parsed: argparse.Namespace) -> dict[str, Any]:
+def describe(device: str, threads: int) -> dict[str, Any]:
     """Return what the numbers depend on beside the code."""
-    cuda = parsed.device != "cpu"
-    device = torch.cuda.get_device_name() if cuda else f"{parsed.threads} CPU threads ({platform.machine()})"
-    return {"hardware": device, "torch": str(torch.__version__), "rounds": parsed.rounds}
+    name = torch.cuda.get_device_name() if device != "cpu" else f"{threads} CPU threads ({platform.machine()})"
+    return {"hardware": name, "torch": str(torch.__version__)}
 
 
 def write(record: Mapping[str, Any], path: Path) -> None:

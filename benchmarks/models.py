@@ -115,7 +115,16 @@ def main() -> None:
     rows = measure_networks(parsed.only, parsed.compile, parsed.rounds, device)
     growth = measure_growth(parsed.only, parsed.rounds, device)
     dtype = "float32" if device.type == "cpu" else "bfloat16"
-    measure.write({**measure.describe(parsed), "dtype": dtype, "rows": rows, "growth": growth}, parsed.output)
+    measure.write(
+        {
+            **measure.describe(parsed.device, parsed.threads),
+            "rounds": parsed.rounds,
+            "dtype": dtype,
+            "rows": rows,
+            "growth": growth,
+        },
+        parsed.output,
+    )
 
 
 if __name__ == "__main__":

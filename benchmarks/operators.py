@@ -167,7 +167,8 @@ def main() -> None:
                 ratios = {name: f"{number['ratio']:.2f}" for name, number in row["numbers"].items()}
                 print(layer.name, "train" if training else "infer", "compiled" if compiled else "eager", ratios)
     record = {
-        **measure.describe(parsed),
+        **measure.describe(parsed.device, parsed.threads),
+        "rounds": parsed.rounds,
         "batch": batch,
         "dtype": str(dtype).removeprefix("torch."),
         "gb_per_second": bandwidth / 1e9,

@@ -24,6 +24,8 @@ from zoo.loaders import MemoryImages
 from zoo.training import Device
 
 NETWORKS = ("conv", "tanh_cosine")
+# The first steps compile, or find out which kernels are fastest.
+WARM_UP = 10
 
 
 class Generated(CIFAR10):
@@ -68,7 +70,7 @@ def shares(operator: str, device: Device, batch: int, steps: int) -> dict[str, f
             accelerator=device.accelerator,
             devices=1,
             precision=device.precision,
-            max_steps=steps,
+            max_steps=WARM_UP + steps,
             limit_val_batches=0,
             logger=L.pytorch.loggers.CSVLogger(folder),
             log_every_n_steps=10,
@@ -77,8 +79,7 @@ def shares(operator: str, device: Device, batch: int, steps: int) -> dict[str, f
             enable_progress_bar=False,
         )
         trainer.fit(model, datamodule=data)
-    # The first steps compile, or find out which kernels are fastest.
-    inside, outside = (1e3 * statistics.mean(times[10:]) for times in (model.inside, model.outside))
+    inside, outside = (1e3 * statistics.mean(times[WARM_UP:]) for times in (model.inside, model.outside))
     return {"inside_ms": inside, "outside_ms": outside, "share": outside / (inside + outside)}
 
 
@@ -86,7 +87,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=128, help="images a batch (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=60, help="steps of each network (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=50, help="steps to measure (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads (default: %(default)s)")
     parsed = parser.parse_args()
     torch.set_num_threads(parsed.threads)
@@ -101,8 +102,7 @@ def main() -> None:
             f"resnet20, {operator}: {numbers['inside_ms']:.1f} ms in forward, backward and optimiser, "
             f"{numbers['outside_ms']:.2f} ms outside, {numbers['share']:.1%}"
         )
-    parsed.device, parsed.rounds = ("cuda" if device.accelerator == "gpu" else "cpu"), parsed.steps
-    record = measure.describe(parsed)
+    record = {**measure.describe(device.name, parsed.threads), "steps": parsed.steps}
     measure.write(
         {**record, "precision": device.precision, "compiled": device.compile, "rows": rows},
         measure.RESULTS / "pipeline.json",

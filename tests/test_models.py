@@ -102,7 +102,7 @@ def test_a_residual_network_without_relu_is_affine(name):
 
 
 def test_features_are_what_a_convolution_over_the_whole_map_answers():
-    network = ARCHITECTURES["cnn6"](in_chans=1, input_size=28, features=2).eval()
+    network = ARCHITECTURES["cnn6"](in_chans=1, input_size=28, feature_filters=2).eval()
     images = torch.randn(5, 1, 28, 28)
     maps = network.forward_features(images)
     features = network.forward_head(maps, pre_logits=True)
@@ -111,8 +111,8 @@ def test_features_are_what_a_convolution_over_the_whole_map_answers():
     torch.testing.assert_close(features, maps.flatten(1) @ convolution.weight.flatten(1).T)
     with pytest.raises(ValueError, match="built for 28×28"):
         network(torch.randn(5, 1, 32, 32))
-    with pytest.raises(ValueError, match="a hidden layer or a convolution of features, got 3 and 2"):
-        CNN((4,), 1, pools=1, hidden=3, features=2)
+    with pytest.raises(ValueError, match="hidden=3 or feature_filters=2, not both"):
+        CNN((4,), 1, pools=1, hidden=3, feature_filters=2)
 
 
 def test_the_modified_resnet_changes_width_by_plain_convolutions():

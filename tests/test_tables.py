@@ -12,7 +12,7 @@ import zoo
 from operators import OperatorConfig
 from zoo import reports, tables
 from zoo.cards import markdown_table
-from zoo.measures import MEASURES, sample_features
+from zoo.measures import Answers
 from zoo.models import ModelSpec
 from zoo.tables import list_tables, merged, read_results, read_table, result_path, run_table
 from zoo.training import Device
@@ -20,11 +20,13 @@ from zoo.training import Device
 CPU = Device("cpu", compile=False)
 PAPER_ROWS = {
     "no_batchnorm": {
+        "convolution": [None, 35.30, None],
         "LinearConv": [33.39, 31.76, "N/C"],
         "TanhConv": [32.88, 31.88, 34.26],
         "SegConv": [34.69, 30.34, "N/C"],
     },
     "no_relu": {
+        "convolution": [58.24, 26.01, None, None],
         "SphereConv": [33.31, 25.90, 26.00, 26.97],
         "BallConv": [31.81, 25.43, 25.18, 26.48],
         "TanhConv": [32.27, 25.27, 25.15, 26.94],
@@ -51,44 +53,40 @@ def here(tmp_path, monkeypatch):
 def test_the_papers_numbers_are_the_papers(name):
     table = read_table(name)
     for row, numbers in PAPER_ROWS[name].items():
-        assert [table.paper[row, column] for column in table.columns] == numbers
+        assert [table.paper.get((row, column)) for column in table.columns] == numbers
+    assert set(PAPER_ROWS[name]) == set(table.rows)
 
 
 @pytest.mark.parametrize("name", list_tables())
 @pytest.mark.parametrize("scale", ["tiny", "small", "full"])
-def test_a_cell_is_its_row_and_column(name, scale):
+def test_a_cell_is_its_row_and_column_and_nothing_else_differs(name, scale):
     table = read_table(name)
     cells = table.cells(scale)
     assert {(cell.row, cell.column) for cell in cells} >= set(table.paper)
-    magnitudes = {"convolution": "conv", "standard": None, "modified": None, "modified, no BatchNorm": None}
-    recipes = [json.dumps(cell.recipe) for cell in cells]
-    assert len(set(recipes)) == len(cells) == len({cell.name for cell in cells})
+    assert len({json.dumps(cell.recipe) for cell in cells}) == len(cells) == len({cell.name for cell in cells})
+    rest = set()
     for cell in cells:
-        model = cell.recipe["model"]
-        operator = "conv" if model["operator"] == "conv" else OperatorConfig.parse(model["operator"])
-        kind = cell.row if magnitudes.get(cell.row, "") is not None else cell.column
-        wanted = "conv" if kind == "convolution" else kind.removesuffix("Conv").lower()
-        assert (operator if operator == "conv" else operator.magnitude) == wanted
-        if operator != "conv":
+        recipe = json.loads(json.dumps(cell.recipe))
+        model, arguments = recipe["model"], recipe["model"].setdefault("architecture_args", {})
+        operator = model.pop("operator")
+        kind = cell.column if name == "imagenet" else cell.row
+        if kind == "convolution":
+            assert operator == "conv"
+        else:
+            operator = OperatorConfig.parse(operator)
+            assert operator.magnitude == kind.removesuffix("Conv").lower()
             angular = cell.column.split(",")[0].replace(" ", "_")
             assert operator.angular == (angular if name in ("no_batchnorm", "no_relu") else "cosine")
-        assert cell.recipe["seed_everything"] == cell.seed
         if name == "no_relu":
-            assert model["architecture_args"]["relu"] == ("no ReLU" not in cell.column)
-        if name == "no_batchnorm" or "no BatchNorm" in cell.row:
-            assert model["architecture_args"]["batch_norm"] is False
-    # Nothing but row, column and seed differs between cells.
-    rest = {json.dumps({**cell.recipe, "seed_everything": 0, "model": plain(cell.recipe["model"])}) for cell in cells}
+            assert arguments.pop("relu") == ("no ReLU" not in cell.column)
+        if name == "imagenet":
+            assert model.pop("architecture") == ("resnet18" if cell.row == "standard" else "resnet18_modified")
+            assert arguments.pop("batch_norm", True) == ("no BatchNorm" not in cell.row)
+        if name == "no_batchnorm":
+            assert model["architecture"] == "cnn9_no_batchnorm"
+        assert recipe.pop("seed_everything") == cell.seed
+        rest.add(json.dumps(recipe, sort_keys=True))
     assert len(rest) == 1
-
-
-def plain(model):
-    """Return the settings of a model that its row and column do not choose."""
-    arguments = dict(model.get("architecture_args", {}))
-    for argument in ("relu", "batch_norm"):
-        arguments.pop(argument, None)
-    rest = {key: model[key] for key in sorted(model) if key not in ("operator", "architecture", "architecture_args")}
-    return {**rest, "architecture_args": arguments}
 
 
 @pytest.mark.parametrize("name", list_tables())
@@ -105,35 +103,84 @@ def test_a_table_trains_at_the_tiny_scale_and_goes_on_where_it_stopped(name, her
     chosen = [all_cells[0], *all_cells[1::7][:2], all_cells[-1]]
     monkeypatch.setattr(tables.Table, "cells", lambda self, scale: chosen[:2])
     assert run_table(table, "tiny", device=CPU, results=here)
-    path = result_path(name, "tiny", here)
-    first = read_results(path)
+    first = read_results(table, "tiny", here)
     monkeypatch.setattr(tables.Table, "cells", lambda self, scale: chosen)
     assert not run_table(table, "tiny", device=CPU, minutes=0.01, results=here)
     assert "no time left" in capsys.readouterr().out
     assert run_table(table, "tiny", device=CPU, results=here)
-    results = read_results(path)
+    results = read_results(table, "tiny", here)
     assert results[:2] == first and len(results) == len(chosen)
     for result, cell in zip(results, chosen, strict=True):
         assert result["recipe"] == cell.recipe and result["epochs"][-1]["epoch"] == 1
         assert all(math.isfinite(result[metric]) for metric in table.metrics)
         assert result["test_images"] == (18 if name == "imagenet" else 360)
-    # Another recipe than that of the result is trained again, afresh.
+    # The result of another recipe is none, and its cell is trained again, afresh.
     chosen[0].recipe["model"]["learning_rate"] = 1e-5
+    assert read_results(table, "tiny", here) == results[1:]
     assert run_table(table, "tiny", device=CPU, results=here)
-    again = read_results(path)
+    again = read_results(table, "tiny", here)
     assert again[1:] == results[1:] and again[0]["recipe"]["model"]["learning_rate"] == 1e-5
 
 
-def test_a_cell_that_diverges_is_reported_as_such(here):
+def test_a_cell_that_diverges_is_reported_as_such(here, monkeypatch):
     table = read_table("no_batchnorm")
     (cell,) = [cell for cell in table.cells("tiny") if cell.row == "convolution"]
     cell.recipe["model"].update(optimizer="sgd", learning_rate=1e30, warmup=0.0)
     cell.recipe["trainer"]["limit_train_batches"] = 10
-    one = type("One", (), {"cells": lambda self, scale: [cell], "name": table.name, "metrics": table.metrics})()
-    assert run_table(one, "tiny", device=CPU, results=here)
-    (result,) = read_results(result_path(table.name, "tiny", here))
-    assert result["error"] is None and not result["converged"] and "is not finite" in result["stopped"]
-    assert reports.cell_text([result], "convolution", "cosine", "error") == "N/C"
+    monkeypatch.setattr(tables.Table, "cells", lambda self, scale: [cell])
+    assert run_table(table, "tiny", device=CPU, results=here)
+    (one,) = read_results(table, "tiny", here)
+    assert one["error"] is None and not one["converged"] and "is not finite" in one["stopped"]
+    assert reports.cell_text([one], "convolution", "cosine", "error") == "N/C"
+    assert "Not trained here" in reports.provenance(table, "tiny", [one])
+
+
+@pytest.mark.parametrize("name", list_tables())
+def test_a_table_of_which_a_part_is_trained_is_shown_all_the_same(name, tmp_path):
+    table = read_table(name)
+    cell = table.cells("tiny")[0]
+    measured = {metric: 12.5 for metric in table.metrics}
+    one = {
+        **result(cell.row, cell.column, 0, 12.5),
+        **measured,
+        "recipe": cell.recipe,
+        "features": [[0.0, 1.0, 2]],
+        "epochs": [{"epoch": 1}],
+        "images_per_epoch": 1000,
+        "test_images": 360,
+        "data": "Digits",
+        "hardware": "2 CPU cores",
+        "precision": "32-true",
+        "minutes": 0.1,
+    }
+    reports.draw(table, [one], tmp_path / "one.png")
+    assert "12.50" in reports.table_markdown(table, [one]) and (tmp_path / "one.png").stat().st_size
+    assert "Digits, 360 test images; scale `tiny`: " in reports.provenance(table, "tiny", [one])
+
+
+def test_the_larger_scale_is_shown_once_it_is_complete(tmp_path):
+    table = read_table("features_2d")
+
+    def write(scale, count):
+        cells = [
+            {"row": cell.row, "column": cell.column, "seed": cell.seed, "recipe": cell.recipe}
+            for cell in table.cells(scale)[:count]
+        ]
+        result_path(table.name, scale, tmp_path).write_text(json.dumps({"cells": cells}))
+
+    write("full", 3)
+    assert [reports.shown_results(table, tmp_path)[0], len(reports.shown_results(table, tmp_path)[1])] == ["full", 3]
+    write("small", 4)
+    assert reports.shown_results(table, tmp_path)[0] == "small"
+    write("full", 12)
+    assert reports.shown_results(table, tmp_path)[0] == "full"
+
+
+def test_a_file_that_holds_no_results_is_told(tmp_path):
+    table = read_table("no_relu")
+    result_path(table.name, "tiny", tmp_path).write_text("{")
+    with pytest.raises(ValueError, match="no_relu_tiny.json holds no results of a table .*; remove it"):
+        read_results(table, "tiny", tmp_path)
 
 
 def test_merging_joins_mappings_and_replaces_the_rest():
@@ -168,14 +215,14 @@ def test_measures_of_known_features():
     features = torch.tensor([[0.0, 0.0], [0.0, 1.0], [0.6, 0.5], [0.8, 0.5]])
     labels = torch.tensor([0, 0, 5, 5])
     batches = [(torch.cat([features, features], 1).view(4, 1, 2, 2), labels)]
+    answers = Answers.collect(model, batches)
     # The centres are (0, ½) and (0.7, ½), the mean distances to them ½ and 0.1.
-    assert MEASURES["spread"].measure(model, batches) == pytest.approx(0.3 / 0.7)
-    # Logits grow with the class for a positive second feature; the first image has equal logits.
-    assert MEASURES["error"].measure(model, [(images[1:], labels[1:]) for images, labels in batches]) == pytest.approx(
-        100 / 3
-    )
-    assert MEASURES["top5_error"].measure(model, [(batches[0][0][1:], labels[1:])]) == pytest.approx(100 / 3)
-    assert sample_features(model, batches) == [[0.0, 0.0, 0], [0.0, 1.0, 0], [0.6, 0.5, 5], [0.8, 0.5, 5]]
+    assert answers.spread() == pytest.approx(0.3 / 0.7)
+    assert answers.drawn_features() == [[0.0, 0.0, 0], [0.0, 1.0, 0], [0.6, 0.5, 5], [0.8, 0.5, 5]]
+    # Logits grow with the class for a positive second feature, so class 0 is the unlikeliest of six.
+    known = Answers.collect(model, [(images[1:], labels[1:]) for images, labels in batches])
+    assert known.error() == known.top5_error() == pytest.approx(100 / 3)
+    assert known.error(top=6) == known.error(top=10) == 0
 
 
 def test_unknown_names_bring_the_nearest():
@@ -227,15 +274,11 @@ def test_what_stands_in_the_docs_is_what_was_measured():
         assert reports.filled(text, blocks) == text, "python -m zoo reports writes it again"
 
 
-@pytest.mark.parametrize("name", list_tables())
-def test_published_results_are_of_the_recipes_that_stand_there(name):
-    for path in tables.RESULTS.glob(f"{name}_*.json"):
-        scale = path.stem.removeprefix(f"{name}_")
-        cells = {(cell.row, cell.column, cell.seed): cell.recipe for cell in read_table(name).cells(scale)}
-        results = read_results(path)
-        assert [(one["row"], one["column"], one["seed"]) for one in results] == list(cells)
-        for one in results:
-            assert one["recipe"] == cells[one["row"], one["column"], one["seed"]]
+@pytest.mark.parametrize("path", sorted(tables.RESULTS.glob("*.json")), ids=lambda path: path.stem)
+def test_published_results_are_complete_and_of_the_recipes_that_stand_there(path):
+    name, _, scale = path.stem.rpartition("_")
+    table = read_table(name)
+    assert len(read_results(table, scale)) == len(table.cells(scale)) == len(json.loads(path.read_text())["cells"])
 
 
 def test_pictures_are_drawn(tmp_path):

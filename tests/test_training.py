@@ -187,7 +187,9 @@ def test_wrong_names_bring_what_there_is(here):
 def test_compiled_training_gives_what_eager_training_gives(here):
     """Four steps on Digits, in float32; the compiled one rounds otherwise."""
     models = []
+    torch._dynamo.utils.counters.clear()
     for compile in (False, True):
+        assert not torch._dynamo.utils.counters["stats"]["unique_graphs"]
         options = ["--trainer.max_epochs", "1", "--trainer.limit_train_batches", "4", "--data.augment", "none"]
         if compile:
             options += ["--model.compile", "true"]
@@ -195,9 +197,24 @@ def test_compiled_training_gives_what_eager_training_gives(here):
             training.CONFIGS / "digits_cnn6_tanh_cosine.yaml", CPU, folder=here / str(compile), options=options
         )
         models.append(read_lightning_checkpoint(trained.checkpoint)["state_dict"])
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
     assert models[0].keys() == models[1].keys()
     for name, value in models[0].items():
         torch.testing.assert_close(models[1][name], value, rtol=1e-3, atol=1e-4)
+
+
+def test_another_recipe_is_trained_afresh_and_a_finished_one_not_again(here):
+    recipe = here / "recipe.yaml"
+    text = (training.CONFIGS / "digits_cnn6_conv.yaml").read_text(encoding="utf-8").replace("30", "1")
+    recipe.write_text(text, encoding="utf-8")
+    first = train(recipe, CPU, folder=here / "run")
+    before = first.checkpoint.read_bytes()
+    again = train(recipe, CPU, folder=here / "run")
+    assert again.finished and again.checkpoint.read_bytes() == before
+    assert again.epochs == first.epochs and again.images_per_epoch == first.images_per_epoch
+    recipe.write_text(text.replace("model:", "model:\n  learning_rate: 0.001"), encoding="utf-8")
+    other = train(recipe, CPU, folder=here / "run")
+    assert other.finished and other.epochs != first.epochs
 
 
 def test_the_history_of_epochs_survives_a_stop(here, monkeypatch):

@@ -5,6 +5,7 @@ import functools
 import os
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -14,7 +15,7 @@ from rich.table import Table
 import zoo
 from operators.lookup import unknown_name
 from zoo.cards import model_card
-from zoo.checkpoints import CARD, PRETRAINED, read_config
+from zoo.checkpoints import CARD, PRETRAINED, read_config, write_whole
 from zoo.cli import readable_errors
 from zoo.data import Digits
 from zoo.export import export, recorded_data
@@ -22,6 +23,8 @@ from zoo.plots import plot_operators, plot_predictions
 from zoo.reports import write_reports
 from zoo.tables import RESULTS, list_tables, read_table, run_table
 from zoo.training import Device, train_zoo
+
+MINUTES = "begin no epoch that would not end in that time; the next call goes on"
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -55,8 +58,8 @@ def main() -> None:
 
     command = commands.add_parser("train-zoo", help="train, export and verify every recipe that has no checkpoint yet")
     command.add_argument("--only", default="*", metavar="GLOB", help="only recipes with such a name")
-    command.add_argument("--minutes", type=float, default=float("inf"), help="stop cleanly before they are over")
-    command.add_argument("--epochs", type=int, help="train so many, in place of each recipe's own number")
+    command.add_argument("--minutes", type=positive(float), default=float("inf"), help=MINUTES)
+    command.add_argument("--epochs", type=positive(int), help="train so many, in place of each recipe's own number")
     command.add_argument("--to", type=Path, default=PRETRAINED, help="parent of the new folders (default: embedded)")
     add_device(command)
     command.set_defaults(function=train_all)
@@ -64,7 +67,7 @@ def main() -> None:
     command = commands.add_parser("table", help="train the cells of one of the paper's tables that have no result yet")
     command.add_argument("name", help=f"one of {', '.join(list_tables())}")
     command.add_argument("--scale", default="small", help="tiny, small or full (default: %(default)s)")
-    command.add_argument("--minutes", type=float, default=float("inf"), help="stop cleanly before they are over")
+    command.add_argument("--minutes", type=positive(float), default=float("inf"), help=MINUTES)
     command.add_argument(
         "--results", type=Path, default=RESULTS, help="folder of the numbers (default: results/tables)"
     )
@@ -122,7 +125,7 @@ def verify(arguments: argparse.Namespace) -> None:
 def write_cards(arguments: argparse.Namespace) -> None:
     for name in arguments.names or zoo.list_checkpoints():
         folder = zoo.find(name)
-        (folder / CARD).write_text(model_card(read_config(folder)), encoding="utf-8")
+        write_whole(folder / CARD, model_card(read_config(folder)))
         print(f"written: {folder / CARD}")
 
 
@@ -135,19 +138,31 @@ def export_checkpoint(arguments: argparse.Namespace) -> None:
     print(f"written: {folder}")
 
 
+def positive(kind: type[float]) -> Callable[[str], float]:
+    """Return a function that reads a positive number of that kind from the command line."""
+
+    def read(text: str) -> float:
+        try:
+            if (value := kind(text)) > 0:
+                return value
+        except ValueError:
+            pass
+        raise argparse.ArgumentTypeError(f"must be a number above 0, got {text!r}")
+
+    return read
+
+
 def add_device(command: argparse.ArgumentParser) -> None:
     command.add_argument("--device", default="auto", help="auto, cpu or cuda (default: %(default)s)")
     command.add_argument(
         "--compile",
         action=argparse.BooleanOptionalAction,
-        help="use torch.compile, and on a CPU that has it bfloat16 (default: on GPUs only)",
+        help="use torch.compile, which is the default on a GPU; a CPU that has bfloat16 then uses that too, as a GPU "
+        "always does",
     )
 
 
 def train_all(arguments: argparse.Namespace) -> None:
-    for name, value in (("--minutes", arguments.minutes), ("--epochs", arguments.epochs)):
-        if value is not None and value <= 0:
-            raise ValueError(f"{name} must be more than 0, got {value}")
     device = Device.choose(arguments.device, arguments.compile)
     settings = {"minutes": arguments.minutes, "epochs": arguments.epochs, "to": arguments.to}
     sys.exit(int(not train_zoo(arguments.only, device=device, **settings)))

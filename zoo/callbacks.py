@@ -90,7 +90,7 @@ class LastCheckpoint(Checkpoint):
 
 
 class StopInTime(Callback):
-    """Stop after the last epoch that leaves time for another one as long as it.
+    """Stop after the last epoch that leaves time for another one as long as it, and a quarter of it for measuring.
 
     Args:
         deadline: when to be done, on the clock of ``time.monotonic``.
@@ -105,7 +105,7 @@ class StopInTime(Callback):
 
     def on_train_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         now = time.monotonic()
-        if now + (now - self.started) > self.deadline:
+        if now + 1.25 * (now - self.started) > self.deadline:
             trainer.should_stop = True
 
 
@@ -116,8 +116,9 @@ class EpochLines(Callback):
         name: what is trained, at the beginning of each line.
 
     Attributes:
-        epochs: for each epoch its number, the metrics and the seconds it took.
-        images_per_epoch: how many images an epoch has on this device.
+        epochs: for each epoch its number, the metrics (the training loss is that of the last batch) and the seconds.
+        images_per_epoch: how many images an epoch has on this device, None before the first.
+        data: the images, once the first epoch has begun.
     """
 
     def __init__(self, name: str) -> None:
@@ -125,10 +126,13 @@ class EpochLines(Callback):
         self.started = 0.0
         self.epochs: list[dict[str, float]] = []
         self.images_per_epoch: int | None = None
+        self.data: L.LightningDataModule | None = None
 
     def on_train_epoch_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self.started = time.monotonic()
-        self.images_per_epoch = trainer.num_training_batches * trainer.datamodule.batch_size
+        self.data = trainer.datamodule
+        batches, images = trainer.num_training_batches, len(self.data.split("train"))
+        self.images_per_epoch = min(images, batches * self.data.batch_size)
 
     def on_train_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         metrics = {name: round(value.item(), 4) for name, value in trainer.callback_metrics.items()}
@@ -138,11 +142,11 @@ class EpochLines(Callback):
         numbers = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
         print(f"{self.name}: {epoch}, {numbers}, {seconds:.1f} s", flush=True)
 
-    def state_dict(self) -> dict[str, list[dict[str, float]]]:
-        return {"epochs": self.epochs}
+    def state_dict(self) -> dict[str, Any]:
+        return {"epochs": self.epochs, "images_per_epoch": self.images_per_epoch}
 
-    def load_state_dict(self, state: dict[str, list[dict[str, float]]]) -> None:
-        self.epochs = state["epochs"]
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.epochs, self.images_per_epoch = list(state["epochs"]), state["images_per_epoch"]
 
 
 class PredictionTable(BasePredictionWriter):

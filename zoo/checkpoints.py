@@ -166,7 +166,7 @@ def save(
         (draft / WEIGHTS).write_bytes(weights)
         (draft / CONFIG).write_text(json.dumps(config, indent=2, allow_nan=False) + "\n", encoding="utf-8")
         (draft / CARD).write_text(model_card(config), encoding="utf-8")
-        _put_in_place(draft, folder, old=Path(scratch) / "old")
+        put_in_place(draft, folder, old=Path(scratch) / "old")
     return folder
 
 
@@ -182,18 +182,24 @@ def record_speed(where: str | os.PathLike[str], speed: Mapping[str, Any]) -> Non
     """
     folder = find(where)
     config = {**read_config(folder), "speed": dict(speed)}
-    for name, text in ((CONFIG, json.dumps(config, indent=2, allow_nan=False) + "\n"), (CARD, model_card(config))):
-        draft = folder / f"{name}.part"
-        draft.write_text(text, encoding="utf-8")
-        draft.replace(folder / name)
+    write_whole(folder / CONFIG, json.dumps(config, indent=2, allow_nan=False) + "\n")
+    write_whole(folder / CARD, model_card(config))
 
 
-def round_weights(model: nn.Module) -> None:
-    """Round every floating-point parameter and buffer, in place, to what float16 can hold; the dtypes stay."""
-    with torch.no_grad():
-        for tensor in (*model.parameters(), *model.buffers()):
-            if tensor.is_floating_point():
-                tensor.copy_(tensor.half())
+def round_weights(model: ImageModel) -> None:
+    """Round every floating-point tensor of the network, in place, to what float16 can hold; the dtypes stay.
+
+    Raises:
+        ValueError: a finite value beyond the range of float16.
+    """
+    for name, tensor in model.network.state_dict().items():
+        if tensor.is_floating_point():
+            rounded = tensor.half().to(tensor.dtype)
+            if (rounded.isinf() & tensor.isfinite()).any():
+                raise ValueError(
+                    f"{name} reaches {tensor.abs().max():.3g}, more than float16 holds; store it in float32"
+                )
+            tensor.copy_(rounded)
 
 
 def verify(
@@ -222,18 +228,14 @@ def verify(
     return problems
 
 
-def accuracy(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], top: int = 1) -> tuple[float, int]:
-    """Return the fraction of images whose label has one of the ``top`` largest logits, and the images' number.
-
-    The model is in evaluation mode meanwhile.
-    """
+def accuracy(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[float, int]:
+    """Return the fraction of images whose largest logit is the label's in evaluation mode, and the images' number."""
     device, training = next(model.parameters()).device, model.training
     correct = total = 0
     model.eval()
     with torch.inference_mode():
         for images, labels in batches:
-            likeliest = model(images.to(device)).topk(top, dim=1).indices.cpu()
-            correct += (likeliest == labels.cpu().unsqueeze(1)).sum().item()
+            correct += (model(images.to(device)).argmax(1).cpu() == labels.cpu()).sum().item()
             total += len(labels)
     model.train(training)
     if not total:
@@ -295,6 +297,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not isinstance(config, dict) or config.get("schema") != SCHEMA:
         found = config.get("schema") if isinstance(config, dict) else None
         raise CheckpointError(f"{path} has schema {found!r}, this version reads {SCHEMA}; update decoupled-zoo")
+    # Checkpoints of before there was another.
+    config.setdefault("precision", "float32")
     for field, kind in _FIELDS.items():
         if not isinstance(config.get(field), kind):
             raise CheckpointError(f"{path}: {field!r} is missing or malformed; fetch the checkpoint again")
@@ -324,7 +328,14 @@ _FIELDS: dict[str, type | tuple[type, ...]] = {
 }
 
 
-def _put_in_place(draft: Path, folder: Path, old: Path) -> None:
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file whole or not at all."""
+    draft = path.with_name(f"{path.name}.part")
+    draft.write_text(text, encoding="utf-8")
+    draft.replace(path)
+
+
+def put_in_place(draft: Path, folder: Path, old: Path) -> None:
     """Rename ``draft`` to ``folder``; what stood there is moved to ``old``, and back if the renaming fails."""
     replaces = folder.exists()
     if replaces:
@@ -356,7 +367,9 @@ def _serialise(network: nn.Module, dtype: torch.dtype) -> bytes:
         if dtype == torch.float16 and tensor.is_floating_point():
             stored = stored.half()
             if not torch.equal(stored.to(tensor.dtype), tensor.detach().cpu()):
-                raise ValueError(f"{name} is not exact in float16; round the model before it is measured and saved")
+                raise ValueError(
+                    f"{name} is not exact in float16; zoo.round_weights rounds a model, to be measured then"
+                )
         tensors[name] = stored
     return safetensors.torch.save(tensors)
 

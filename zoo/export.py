@@ -14,7 +14,7 @@ from zoo.models import ImageModel, ModelSpec
 LARGEST_EMBEDDED = 4 * 2**20
 
 # Arguments of data modules that hold on one machine only, or for one use.
-MACHINE_ARGUMENTS = ("root", "predict", "download", "num_workers", "memory_limit_mb")
+MACHINE_ARGUMENTS = ("predict", "download", "num_workers", "memory_limit_mb")
 
 
 def export(
@@ -97,8 +97,10 @@ def recorded_data(record: dict[str, Any], root: str | None) -> ImageData:
 
 
 def _portable(record: dict[str, Any]) -> dict[str, Any]:
-    """Return the description of a data module without what is this machine's own."""
+    """Return the description of a data module without what is this machine's own, as a folder named from the root."""
     arguments = {
         key: value for key, value in record["arguments"].items() if key not in MACHINE_ARGUMENTS and value is not None
     }
+    if Path(arguments.get("root", "")).is_absolute():
+        del arguments["root"]
     return {"name": record["name"], "arguments": arguments}

@@ -1,74 +1,83 @@
 """What the paper's tables measure on test images, each as one number of which less is better."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
 
-from zoo.checkpoints import accuracy
 from zoo.models import ImageModel
-
-Batches = Sequence[tuple[Tensor, Tensor]]
 
 # Features of so many images are enough to see their shape in a plot.
 DRAWN = 1000
 
 
-def error(model: ImageModel, batches: Batches) -> float:
-    """Return the share of images whose class is not the likeliest, in percent."""
-    return 100 * (1 - accuracy(model, batches)[0])
+@dataclasses.dataclass(frozen=True)
+class Answers:
+    """What a network says of images.
 
-
-def top5_error(model: ImageModel, batches: Batches) -> float:
-    """Return the share of images whose class is not among the five likeliest, in percent."""
-    return 100 * (1 - accuracy(model, batches, top=5)[0])
-
-
-def spread(model: ImageModel, batches: Batches) -> float:
-    """Return how far features scatter within a class, over how far apart the classes lie.
-
-    The mean distance of a feature to the mean of its class, averaged over classes, divided by the mean distance between
-    the means of two classes. Features are what the classifier reads.
+    Attributes:
+        logits: (N, num_classes).
+        features: what the classifier reads, (N, num_features).
+        labels: (N,).
     """
-    points, labels = features(model, batches)
-    classes = [points[labels == label] for label in labels.unique()]
-    centres = [members.mean(0) for members in classes]
-    within = [(members - centre).norm(dim=1).mean() for members, centre in zip(classes, centres, strict=True)]
-    return (torch.stack(within).mean() / torch.pdist(torch.stack(centres)).mean()).item()
 
+    logits: Tensor
+    features: Tensor
+    labels: Tensor
 
-def features(model: ImageModel, batches: Batches) -> tuple[Tensor, Tensor]:
-    """Return what the classifier reads of each image, (N, num_features), and the labels (N,)."""
-    network = model.network
-    captured = []
-    handle = network.get_classifier().register_forward_pre_hook(lambda _, inputs: captured.append(inputs[0].cpu()))
-    try:
-        accuracy(model, batches)
-    finally:
-        handle.remove()
-    return torch.cat(captured), torch.cat([labels for _, labels in batches])
+    @classmethod
+    def collect(cls, model: ImageModel, batches: Iterable[tuple[Tensor, Tensor]]) -> "Answers":
+        """Return the answers to each batch, in evaluation mode on the model's device; the tensors are on the CPU."""
+        logits, features, labels = [], [], []
+        classifier = model.eval().network.get_classifier()
+        hook = classifier.register_forward_pre_hook(lambda _, inputs: features.append(inputs[0].cpu()))
+        try:
+            with torch.inference_mode():
+                for images, wanted in batches:
+                    logits.append(model(images.to(model.mean.device)).cpu())
+                    labels.append(wanted)
+        finally:
+            hook.remove()
+        return cls(torch.cat(logits), torch.cat(features), torch.cat(labels))
 
+    def error(self, top: int = 1) -> float:
+        """Return the share of images whose class is not among the ``top`` likeliest, in percent."""
+        likeliest = self.logits.topk(min(top, self.logits.shape[1]), dim=1).indices
+        return 100 * (1 - (likeliest == self.labels.unsqueeze(1)).any(1).double().mean().item())
 
-def sample_features(model: ImageModel, batches: Batches) -> list[list[float]]:
-    """Return [feature, ..., label] of the first images, for a plot."""
-    points, labels = (values[:DRAWN] for values in features(model, batches))
-    return [
-        [*(round(value, 3) for value in point), label]
-        for point, label in zip(points.tolist(), labels.tolist(), strict=True)
-    ]
+    def top5_error(self) -> float:
+        """Return the share of images whose class is not among the five likeliest, in percent."""
+        return self.error(top=5)
+
+    def spread(self) -> float:
+        """Return how far features scatter within a class, over how far apart the classes lie.
+
+        The mean distance of a feature to the mean of its class, averaged over classes, divided by the mean distance
+        between the means of two classes; NaN if all means are the same.
+        """
+        classes = [self.features[self.labels == label] for label in self.labels.unique()]
+        centres = [members.mean(0) for members in classes]
+        within = [(members - centre).norm(dim=1).mean() for members, centre in zip(classes, centres, strict=True)]
+        return (torch.stack(within).mean() / torch.pdist(torch.stack(centres)).mean()).item()
+
+    def drawn_features(self) -> list[list[float]]:
+        """Return [feature, ..., label] of at most a thousand images, evenly spaced among all, for a plot."""
+        chosen = torch.linspace(0, len(self.labels) - 1, min(DRAWN, len(self.labels))).long()
+        points, labels = self.features[chosen].tolist(), self.labels[chosen].tolist()
+        return [[*(round(value, 3) for value in point), label] for point, label in zip(points, labels, strict=True)]
 
 
 @dataclasses.dataclass(frozen=True)
 class Measure:
     """A measure's function and its title in a table."""
 
-    measure: Callable[[ImageModel, Batches], float]
+    of: Callable[[Answers], float]
     title: str
 
 
 MEASURES = {
-    "error": Measure(error, "test error, %"),
-    "top5_error": Measure(top5_error, "top-5 error, %"),
-    "spread": Measure(spread, "spread within a class ÷ distance between classes"),
+    "error": Measure(Answers.error, "test error, %"),
+    "top5_error": Measure(Answers.top5_error, "top-5 error, %"),
+    "spread": Measure(Answers.spread, "spread within a class ÷ distance between classes"),
 }

@@ -107,16 +107,19 @@ def plot_table(
         figure.subplots(1, len(panels), sharey=True, squeeze=False)[0], panels.items(), strict=True
     ):
         for index, column in enumerate(columns):
-            points = [(value, place) for place, row in enumerate(rows) for value in values.get((row, column), ())]
-            # Numbers that are not finite are not drawn.
-            axes.scatter(*zip(*points, strict=True), color=f"C{index}", label=column)
-            for place in (place for value, place in points if not math.isfinite(value)):
-                edge = axes.get_yaxis_transform()
-                axes.plot(1, place, marker="x", color=f"C{index}", transform=edge, clip_on=False)
+            for place, row in enumerate(rows):
+                cell = values.get((row, column), ())
+                # Numbers that are not finite are not drawn.
+                axes.scatter(cell, [place] * len(cell), color=f"C{index}")
+                if not all(map(math.isfinite, cell)):
+                    edge = axes.get_yaxis_transform()
+                    axes.plot(1, place, marker="x", color=f"C{index}", transform=edge, clip_on=False)
         axes.set(xlabel=label, title=title)
         axes.set_yticks(range(len(rows)), rows)
         axes.grid(axis="y", linewidth=0.3)
     axes.invert_yaxis()
+    for index, column in enumerate(columns):
+        axes.scatter([], [], color=f"C{index}", label=column)
     axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.02, 1), title="× not converged")
     _write(figure, path)
 

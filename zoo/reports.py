@@ -3,7 +3,7 @@
 import math
 import re
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +11,17 @@ from scipy.stats import binomtest
 
 import zoo
 from zoo.cards import markdown_table
-from zoo.checkpoints import PRETRAINED, WEIGHTS, read_config
+from zoo.checkpoints import PRETRAINED, WEIGHTS, read_config, write_whole
 from zoo.measures import MEASURES
 from zoo.models import PLAIN
 from zoo.plots import plot_features, plot_table
-from zoo.tables import RESULTS, Table, list_tables, read_results, read_table, result_path
+from zoo.tables import RESULTS, Table, list_tables, read_results, read_table
 from zoo.training import recipes
 
 ROOT = Path(__file__).resolve().parent.parent
 README, PAGE = ROOT / "README.md", ROOT / "docs" / "results.md"
 
-# The largest scale that was trained is shown; the tiny one only shows that a table can be trained.
+# The tiny scale only shows that a table can be trained.
 SHOWN = ("full", "small")
 NOT_CONVERGED = "N/C"
 NOT_TRAINED = "–"
@@ -33,12 +33,14 @@ def write_reports() -> list[Path]:
     """Write the generated parts of README.md and docs/results.md and the tables' pictures; return the files."""
     pictures = []
     for name in list_tables():
-        if results := shown_results(name)[1]:
+        table = read_table(name)
+        results = shown_results(table)[1]
+        if any(result["converged"] for result in results):
             pictures.append(ROOT / "docs" / f"{name}.png")
-            draw(read_table(name), results, pictures[-1])
+            draw(table, results, pictures[-1])
     blocks = report_blocks()
     for path in (README, PAGE):
-        path.write_text(filled(path.read_text(encoding="utf-8"), blocks), encoding="utf-8")
+        write_whole(path, filled(path.read_text(encoding="utf-8"), blocks))
     return [README, PAGE, *pictures]
 
 
@@ -47,7 +49,7 @@ def report_blocks() -> dict[str, str]:
     blocks = {"zoo": zoo_table()}
     for name in list_tables():
         table = read_table(name)
-        scale, results = shown_results(name)
+        scale, results = shown_results(table)
         blocks[name] = f"{table_markdown(table, results)}\n\n{provenance(table, scale, results)}"
     return blocks
 
@@ -95,12 +97,11 @@ def interval(share: float, count: int) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def shown_results(name: str, results: Path = RESULTS) -> tuple[str, list[dict[str, Any]]]:
-    """Return the largest scale that a table was trained at, and its results."""
-    for scale in SHOWN:
-        if cells := read_results(result_path(name, scale, results)):
-            return scale, cells
-    return "", []
+def shown_results(table: Table, results: Path = RESULTS) -> tuple[str, list[dict[str, Any]]]:
+    """Return the larger scale of which all cells are trained, or that of which most are, and its results."""
+    found = {scale: read_results(table, scale, results) for scale in SHOWN}
+    best = max(SHOWN, key=lambda scale: len(found[scale]) / len(table.cells(scale)))
+    return best, found[best]
 
 
 def table_markdown(table: Table, results: Results) -> str:
@@ -133,20 +134,25 @@ def cell_text(results: Results, row: str, column: str, metric: str) -> str:
 
 def provenance(table: Table, scale: str, results: Results) -> str:
     """Return in a sentence or two what a table's numbers are and where they come from."""
-    measured = "; ".join(MEASURES[metric].title for metric in table.metrics)
+    measures = "; ".join(MEASURES[metric].title for metric in table.metrics)
     paper = f", in brackets the paper's on {table.paper_data}" if table.paper_data else ""
-    if not results:
-        return f"{measured[0].upper()}{measured[1:]}{paper}. Not trained here."
-    finished = next(result for result in results if result["converged"])
-    last = finished["epochs"][-1]["epoch"]
+    what = f"{measures[0].upper()}{measures[1:]}{paper}."
+    trained = [result for result in results if result["test_images"]]
+    if not trained:
+        return f"{what} Not trained here."
+
+    def distinct(values: Iterable[str]) -> str:
+        return ", ".join(dict.fromkeys(values))
+
+    networks = distinct(_network(result["recipe"]) for result in trained)
+    lengths = distinct(f"{len(result['epochs'])} epochs of {result['images_per_epoch']:,} images" for result in trained)
+    tested = distinct(f"{result['data']}, {result['test_images']:,} test images" for result in trained)
+    machines = distinct(f"{result['hardware']}, {result['precision']}" for result in trained)
     seeds = len({result["seed"] for result in results})
-    images = f"{last} epochs of {finished['images_per_epoch']:,} images, {finished['test_images']:,} test images"
     longest = max(result["minutes"] for result in results)
     return (
-        f"{measured[0].upper()}{measured[1:]}{paper}. Here: {finished['data']}, scale `{scale}` "
-        f"({_network(finished['recipe'])}; {images}; {seeds} seed{'s' * (seeds > 1)}; "
-        f"{finished['hardware']}, at most {longest:.1f} minutes a cell): "
-        f"`python -m zoo table {table.name} --scale {scale}`."
+        f"{what} Here: {tested}; scale `{scale}`: {networks}; {lengths}; {seeds} seed{'s' * (seeds > 1)}; {machines}; "
+        f"at most {longest:.1f} minutes of training a cell (`python -m zoo table {table.name} --scale {scale}`)."
     )
 
 
@@ -163,7 +169,7 @@ def draw(table: Table, results: Results, path: Path) -> None:
         value = result[metric] if result["converged"] else math.nan
         ours.setdefault((result["row"], result["column"]), []).append(value)
     paper = {place: [value if isinstance(value, float) else math.nan] for place, value in table.paper.items()}
-    data = next(result["data"] for result in results if "data" in result)
+    data = ", ".join(dict.fromkeys(result["data"] for result in results if result["data"]))
     panels = {f"here: {data}": ours, f"the paper: {table.paper_data}": paper}
     plot_table(table.rows, table.columns, panels, MEASURES[metric].title, path)
 

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import json
+import math
 import shutil
 import time
 from collections.abc import Mapping
@@ -11,10 +12,10 @@ from typing import Any
 
 import yaml
 
-import zoo
 from operators.lookup import look_up
-from zoo.export import trained_model
-from zoo.measures import MEASURES, sample_features
+from zoo.checkpoints import write_whole
+from zoo.export import recorded_data, trained_model
+from zoo.measures import MEASURES, Answers
 from zoo.training import CONFIGS, LEAST_SECONDS, Device, Trained, train
 
 TABLES = CONFIGS / "tables"
@@ -124,9 +125,22 @@ def result_path(name: str, scale: str, results: Path = RESULTS) -> Path:
     return results / f"{name}_{scale}.json"
 
 
-def read_results(path: Path) -> list[dict[str, Any]]:
-    """Return what was measured, one mapping a cell; nothing if there is no such file."""
-    return json.loads(path.read_text(encoding="utf-8"))["cells"] if path.is_file() else []
+def read_results(table: Table, scale: str, results: Path = RESULTS) -> list[dict[str, Any]]:
+    """Return what was measured, one mapping a cell, in the table's order; results of other recipes are left out.
+
+    Raises:
+        ValueError: an unknown scale, or a file that is no table's.
+    """
+    path = result_path(table.name, scale, results)
+    cells = table.cells(scale)
+    if not path.is_file():
+        return []
+    try:
+        found = {_place(result): result for result in json.loads(path.read_text(encoding="utf-8"))["cells"]}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} holds no results of a table ({error}); remove it, or name another folder") from error
+    kept = [(found.get((cell.row, cell.column, cell.seed)), cell.recipe) for cell in cells]
+    return [result for result, recipe in kept if result and result["recipe"] == recipe]
 
 
 def run_table(
@@ -135,7 +149,7 @@ def run_table(
     """Train every cell that has no result of its recipe, write each result as it comes; return whether all are there.
 
     Args:
-        minutes: how long it may take; what is unfinished then goes on in the next call.
+        minutes: no epoch is begun that would not end in that time; what is unfinished goes on in the next call.
         results: the folder of the result's file.
 
     Raises:
@@ -143,72 +157,63 @@ def run_table(
     """
     deadline = time.monotonic() + 60 * minutes
     path, data = result_path(table.name, scale, results), None
-    cells = table.cells(scale)
-    done = {(result["row"], result["column"], result["seed"]): result for result in read_results(path)}
-    for cell in cells:
-        place = (cell.row, cell.column, cell.seed)
-        if place in done and done[place]["recipe"] == cell.recipe:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    done = read_results(table, scale, results)
+    for cell in table.cells(scale):
+        if (cell.row, cell.column, cell.seed) in map(_place, done):
             continue
         if deadline - time.monotonic() < LEAST_SECONDS:
             print(f"{cell.name}: no time left; it is trained in the next call")
             return False
-        trained = train(_recipe_file(table, scale, cell), device, deadline=deadline, data=data)
+        folder = WORK / table.name / scale / cell.name
+        recipe = folder.with_suffix(".yaml")
+        recipe.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(recipe, yaml.safe_dump(cell.recipe, sort_keys=False, allow_unicode=True))
+        trained = train(recipe, device, folder=folder, deadline=deadline, data=data)
         data = trained.data
         if not (trained.finished or trained.stopped):
             print(f"{cell.name}: goes on in the next call")
             return False
-        done[place] = result = _result(table, scale, cell, trained)
+        result = measured(table, cell, trained, device)
+        result["command"] = f"python -m zoo table {table.name} --scale {scale}"
+        done.append(result)
         numbers = [f"{name} {result[name]:.2f}" for name in table.metrics if result[name] is not None]
         print(f"{cell.name}: {', '.join(numbers)}{'' if result['converged'] else ' N/C'}", flush=True)
-        _write(path, table, scale, [done[key] for key in _places(cells) if key in done])
+        # One line a cell.
+        lines = ",\n".join(json.dumps(one, ensure_ascii=False, allow_nan=False) for one in done)
+        write_whole(path, f'{{"table": "{table.name}", "scale": "{scale}", "cells": [\n{lines}\n]}}\n')
+        shutil.rmtree(folder)
     return True
 
 
-def _places(cells: list[Cell]) -> list[tuple[str, str, int]]:
-    return [(cell.row, cell.column, cell.seed) for cell in cells]
-
-
-def _recipe_file(table: Table, scale: str, cell: Cell) -> Path:
-    """Write a cell's recipe where it is trained; another recipe than before starts afresh."""
-    folder = WORK / table.name / scale / cell.name
-    path = folder / f"{cell.name}.yaml"
-    text = yaml.safe_dump(cell.recipe, sort_keys=False, allow_unicode=True)
-    if folder.is_dir() and not (path.is_file() and path.read_text(encoding="utf-8") == text):
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
-    return path
-
-
-def _result(table: Table, scale: str, cell: Cell, trained: Trained) -> dict[str, Any]:
+def measured(table: Table, cell: Cell, trained: Trained, device: Device) -> dict[str, Any]:
     """Measure a network on the test images and return everything that the table, its plot and a doubter need."""
     result: dict[str, Any] = {"row": cell.row, "column": cell.column, "seed": cell.seed}
-    result |= dict.fromkeys(table.metrics)
+    result |= dict.fromkeys((*table.metrics, "test_images", "data", "hardware", "torch", "commit"))
     result |= {"converged": False, "stopped": trained.stopped}
+    result |= {"precision": device.precision, "compiled": device.compile}
     if trained.finished:
         model, record = trained_model(trained.checkpoint)
-        batches = list(trained.data.evaluation_batches("test"))
-        result |= {name: MEASURES[name].measure(model, batches) for name in table.metrics}
-        chance = 1 / len(model.class_names)
-        result["converged"] = zoo.accuracy(model, batches)[0] > TIMES_CHANCE * chance
-        result["test_images"] = sum(len(labels) for _, labels in batches)
-        result["data"] = trained.data.title
+        data = trained.data or recorded_data(record["data"], root=None)
+        answers = Answers.collect(model.to(device.name), data.evaluation_batches("test"))
+        numbers = {name: MEASURES[name].of(answers) for name in table.metrics}
+        result |= {name: value if math.isfinite(value) else None for name, value in numbers.items()}
+        chance = 100 / len(model.class_names)
+        result["converged"] = 100 - answers.error() > TIMES_CHANCE * chance and all(
+            map(math.isfinite, numbers.values())
+        )
+        result |= {"test_images": len(answers.labels), "data": data.title}
         result |= {name: record["training"][name] for name in ("hardware", "torch", "commit")}
         if "spread" in table.metrics:
-            result["features"] = sample_features(model, batches)
-    result["epochs"] = trained.epochs
+            result["features"] = answers.drawn_features()
+    result["epochs"] = [
+        {name: value if math.isfinite(value) else None for name, value in epoch.items()} for epoch in trained.epochs
+    ]
     result["images_per_epoch"] = trained.images_per_epoch
     result["minutes"] = round(sum(epoch["seconds"] for epoch in trained.epochs) / 60, 2)
-    result["command"] = f"python -m zoo table {table.name} --scale {scale}"
     result["recipe"] = cell.recipe
     return result
 
 
-def _write(path: Path, table: Table, scale: str, cells: list[dict[str, Any]]) -> None:
-    """Write the results, one line a cell, whole or not at all."""
-    lines = ",\n".join(json.dumps(cell, ensure_ascii=False, allow_nan=False) for cell in cells)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(path.name + ".part")
-    header = json.dumps({"table": table.name, "scale": scale}, ensure_ascii=False)[:-1]
-    draft.write_text(f'{header}, "cells": [\n{lines}\n]}}\n', encoding="utf-8")
-    draft.replace(path)
+def _place(result: Mapping[str, Any]) -> tuple[str, str, int]:
+    return result["row"], result["column"], result["seed"]

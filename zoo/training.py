@@ -5,9 +5,12 @@ import dataclasses
 import fnmatch
 import logging
 import os
+import shutil
+import tempfile
 import time
 import warnings
 from collections.abc import Iterator, Sequence
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -15,16 +18,17 @@ import yaml
 
 import zoo
 from zoo.callbacks import EpochLines, StopInTime
-from zoo.checkpoints import CONFIG, PRETRAINED, read_config
+from zoo.checkpoints import CONFIG, PRETRAINED, put_in_place, read_config, write_whole
 from zoo.classifier import read_lightning_checkpoint, read_record
-from zoo.cli import CURABLE, run
+from zoo.cli import run
 from zoo.data import ImageData
 from zoo.export import export
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 WORK = Path("outputs/zoo")
 
-# What is trained first: networks that cost little, then those most asked for, each family beginning with its twin.
+# What is trained first: networks that cost little, then those most asked for, each family beginning with its twin;
+# recipes of other families and operators come last.
 FAMILIES = ("digits_cnn6", "mnist_cnn6", "cifar10_resnet20", "cifar10_cnn9", "cifar10_cnn9_no_batchnorm")
 OPERATORS = ("conv", *(f"{name}_cosine" for name in ("tanh", "sphere", "ball", "linear", "seg", "log", "mix")))
 
@@ -37,11 +41,11 @@ class Device:
     """Where and how to train, as options of ``train.py``.
 
     Args:
-        accelerator: "gpu" or "cpu".
+        name: "cuda" or "cpu".
         compile: whether networks are compiled.
     """
 
-    accelerator: str
+    name: str
     compile: bool
 
     @classmethod
@@ -57,13 +61,18 @@ class Device:
         available = torch.cuda.is_available()
         if name not in ("auto", "cpu", "cuda") or (name == "cuda" and not available):
             raise ValueError(f"device is auto, cpu, or cuda where torch finds a GPU; got {name!r}")
-        cuda = available and name != "cpu"
-        return cls("gpu" if cuda else "cpu", cuda if compile is None else compile)
+        name = "cuda" if available and name != "cpu" else "cpu"
+        return cls(name, name == "cuda" if compile is None else compile)
+
+    @property
+    def accelerator(self) -> str:
+        """What Lightning calls it."""
+        return "gpu" if self.name == "cuda" else "cpu"
 
     @property
     def precision(self) -> str:
         """bfloat16 where it is faster: on GPUs that have it, and on CPUs that have it for compiled networks."""
-        if self.accelerator == "gpu":
+        if self.name == "cuda":
             fast = torch.cuda.is_bf16_supported(including_emulation=False)
         else:
             fast = self.compile and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
@@ -80,11 +89,11 @@ class Trained:
     """What became of a training.
 
     Attributes:
-        checkpoint: the last one.
+        checkpoint: of the last epoch; it is not there if the first one has not ended.
         finished: whether all epochs are trained.
         stopped: why it cannot go on, if gradients were not finite.
         epochs: one mapping of metrics for each epoch.
-        images_per_epoch: how many images an epoch has.
+        images_per_epoch: how many images an epoch has, if one was begun.
         data: the images, for whoever trains on them next.
     """
 
@@ -100,35 +109,58 @@ def train(
     recipe: Path,
     device: Device,
     *,
-    folder: Path | None = None,
+    folder: Path,
     options: Sequence[str] = (),
     deadline: float = float("inf"),
     data: ImageData | None = None,
 ) -> Trained:
-    """Train a recipe, going on where it was left, until it is finished, fails or the time is over.
+    """Train a recipe, going on where it was left, until it is finished, fails or no other epoch would end in time.
 
     Args:
         recipe: a configuration file of ``train.py fit``.
-        folder: where its Lightning checkpoints are; beside the recipe by default.
+        folder: where its Lightning checkpoints are. Those of another recipe are thrown away.
         options: further options of ``train.py fit``.
-        deadline: on the clock of ``time.monotonic``; the training stops after the last epoch that ends before it.
+        deadline: on the clock of ``time.monotonic``.
         data: images that need not be read again if the recipe is for the same.
 
     Raises:
         ValueError, OSError: a recipe that cannot be trained, e.g. for want of its images.
     """
     torch.compiler.reset()
-    folder = folder or recipe.parent
+    _claim(folder, recipe)
     last = folder / "last.ckpt"
-    arguments = ["fit", "--config", os.path.relpath(recipe), "--checkpoint.dirpath", str(folder)]
-    arguments += [*device.options(), *options, *(["--ckpt_path", str(last)] if last.exists() else [])]
     lines = EpochLines(recipe.stem)
+    resume = []
+    if last.exists():
+        lines.load_state_dict(read_lightning_checkpoint(last)["callbacks"][lines.state_key])
+        if is_finished(last) or time.monotonic() + lines.epochs[-1]["seconds"] > deadline:
+            return Trained(last, is_finished(last), None, lines.epochs, lines.images_per_epoch, data)
+        resume = ["--ckpt_path", str(last)]
+    arguments = ["fit", "--config", os.path.relpath(recipe), "--checkpoint.dirpath", str(folder)]
+    arguments += [*device.options(), *options, *resume]
+    stopped = None
     try:
         with _one_line_an_epoch():
-            data = run(arguments, [lines, StopInTime(deadline)], shared=data).datamodule
+            data = run(
+                [*arguments, *device.options(), *options, *resume], [lines, StopInTime(deadline)], data
+            ).datamodule
     except FloatingPointError as error:
-        return Trained(last, False, str(error), lines.epochs, lines.images_per_epoch, data)
-    return Trained(last, is_finished(last), None, lines.epochs, lines.images_per_epoch, data)
+        data, stopped = lines.data, str(error)
+    if data:
+        # The trainer of before would keep its copy of the images on the device.
+        data.trainer = None
+    return Trained(last, is_finished(last), stopped, lines.epochs, lines.images_per_epoch, data)
+
+
+def _claim(folder: Path, recipe: Path) -> None:
+    """Make ``folder`` that of ``recipe``, and throw away what is there of another one."""
+    mine, text = folder / "recipe.yaml", recipe.read_text(encoding="utf-8")
+    if mine.is_file() and mine.read_text(encoding="utf-8") == text:
+        return
+    if folder.is_dir():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+    write_whole(mine, text)
 
 
 def is_finished(checkpoint: Path) -> bool:
@@ -145,8 +177,8 @@ def recipes(only: str = "*") -> list[Path]:
     Raises:
         ValueError: no recipe has such a name.
     """
-    names = [f"{family}_{operator}" for family in FAMILIES for operator in OPERATORS]
-    existing = [CONFIGS / f"{name}.yaml" for name in names if (CONFIGS / f"{name}.yaml").is_file()]
+    order = {f"{family}_{operator}": place for place, (family, operator) in enumerate(product(FAMILIES, OPERATORS))}
+    existing = sorted(CONFIGS.glob("*_*.yaml"), key=lambda path: (order.get(path.stem, len(order)), path.stem))
     chosen = [path for path in existing if fnmatch.fnmatch(path.stem, only)]
     if not chosen:
         raise ValueError(f"no recipe matches {only!r}; there are {', '.join(path.stem for path in existing)}")
@@ -163,9 +195,11 @@ def train_zoo(
 ) -> bool:
     """Train, export and verify every recipe that has no checkpoint of as many epochs; return whether none failed.
 
+    A checkpoint is not compared with its recipe otherwise: to train a changed recipe, remove its folder.
+
     Args:
         only: a pattern of names, as of files.
-        minutes: how long it may take; what is unfinished then goes on in the next call.
+        minutes: no epoch is begun that would not end in that time; what is unfinished goes on in the next call.
         epochs: train so many, in place of each recipe's own number.
         to: parent of the checkpoint folders.
 
@@ -177,25 +211,28 @@ def train_zoo(
     for recipe in recipes(only):
         wanted = epochs or yaml.safe_load(recipe.read_text(encoding="utf-8"))["trainer"]["max_epochs"]
         folder = to / recipe.stem
-        if (folder / CONFIG).is_file() and read_config(folder)["training"]["epochs"] >= wanted:
-            print(f"{recipe.stem}: has its checkpoint")
-            continue
         if deadline - time.monotonic() < LEAST_SECONDS:
             print(f"{recipe.stem}: no time left")
             continue
         try:
+            if (folder / CONFIG).is_file() and read_config(folder)["training"].get("epochs", 0) >= wanted:
+                print(f"{recipe.stem}: has its checkpoint")
+                continue
             work = WORK / recipe.stem / f"{wanted}_epochs"
             options = ["--trainer.max_epochs", str(wanted)]
             trained = train(recipe, device, folder=work, options=options, deadline=deadline, data=data)
             data = trained.data
-            if trained.finished:
-                all_well = _publish(trained, folder) and all_well
-            elif trained.stopped:
+            if trained.stopped:
                 raise FloatingPointError(trained.stopped)
+            if trained.finished:
+                _publish(trained, folder)
             else:
                 print(f"{recipe.stem}: goes on in the next call ({trained.checkpoint})")
-        except CURABLE as error:
-            print(f"{recipe.stem}: failed: {error}")
+        # Whatever it is, out of memory for one, the other recipes need not suffer from it.
+        except Exception as error:
+            if os.environ.get("ZOO_TRACEBACK"):
+                raise
+            print(f"{recipe.stem}: failed: {error}", flush=True)
             all_well = False
     return all_well
 
@@ -217,10 +254,19 @@ def _one_line_an_epoch() -> Iterator[None]:
                 logger.setLevel(level)
 
 
-def _publish(trained: Trained, folder: Path) -> bool:
-    """Export a finished training as a checkpoint folder, and say what was measured and whether it verifies."""
-    metrics = export(trained.checkpoint, folder, data=trained.data, precision=None, overwrite=True)
-    problems = zoo.verify(folder, trained.data.evaluation_batches("test"))
+def _publish(trained: Trained, folder: Path) -> None:
+    """Export a finished training, verify it, put it in place of what is there, and say what was measured.
+
+    Raises:
+        CheckpointError: the export does not verify; what was there is left.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as scratch:
+        draft = Path(scratch) / folder.name
+        metrics = export(trained.checkpoint, draft, data=trained.data, precision=None)
+        batches = trained.data.evaluation_batches("test") if trained.data else None
+        if problems := zoo.verify(draft, batches):
+            raise zoo.CheckpointError("; ".join(problems))
+        put_in_place(draft, folder, old=Path(scratch) / "old")
     measured = ", ".join(f"{metric.split} accuracy {metric.value:.4f}" for metric in metrics)
-    print(f"{folder.name}: {measured}, {'verified' if not problems else '; '.join(problems)}", flush=True)
-    return not problems
+    print(f"{folder.name}: {measured}, verified", flush=True)

@@ -15,9 +15,9 @@ class CNN(Network):
         convolutions: convolutions in each block.
         pools: how many blocks, from the first, are followed by 2×2 max pooling.
         hidden: width of a fully connected layer after the blocks; it reads every position, so the input size is fixed.
-        features: number of filters of a last convolution that covers the whole map, in place of the hidden layer: what
-            they answer is what the classifier reads, as it is. The input size is fixed then, too.
-            Without both, the features are averaged over all positions and any size that survives the pooling will do.
+        feature_filters: number of filters of a last convolution, which covers the whole map and stands in place of the
+            hidden layer: the classifier reads what they answer. The input size is fixed then, too.
+            With neither, the features are averaged over all positions and any size that survives the pooling will do.
         input_size: height and width of the images, in pixels.
         batch_norm, relu: whether each layer has them; without batch normalisation, convolutions have a bias.
 
@@ -25,7 +25,7 @@ class CNN(Network):
         (N, in_chans, H, W) to (N, num_classes).
 
     Raises:
-        ValueError: images of a size that the network cannot take, or both ``hidden`` and ``features``.
+        ValueError: images of a size that the network cannot take, or both ``hidden`` and ``feature_filters``.
     """
 
     def __init__(
@@ -35,7 +35,7 @@ class CNN(Network):
         *,
         pools: int,
         hidden: int | None = None,
-        features: int | None = None,
+        feature_filters: int | None = None,
         num_classes: int = 10,
         in_chans: int = 3,
         input_size: int = 32,
@@ -43,10 +43,10 @@ class CNN(Network):
         relu: bool = True,
     ) -> None:
         super().__init__()
-        if hidden and features:
-            raise ValueError(f"a network has a hidden layer or a convolution of features, got {hidden} and {features}")
+        if hidden and feature_filters:
+            raise ValueError(f"a network has hidden={hidden} or feature_filters={feature_filters}, not both")
         self.smallest_size = 2**pools
-        self.takes_any_size = not (hidden or features)
+        self.takes_any_size = not (hidden or feature_filters)
         self.input_size = input_size
         self.num_classes = num_classes
         layers: list[nn.Module] = []
@@ -60,8 +60,8 @@ class CNN(Network):
                 layers.append(nn.MaxPool2d(2))
         self.features = nn.Sequential(*layers)
         side = input_size // 2**pools
-        if features:
-            self.pool = nn.Sequential(nn.Conv2d(channels, features, side, bias=False), nn.Flatten())
+        if feature_filters:
+            self.pool = nn.Sequential(nn.Conv2d(channels, feature_filters, side, bias=False), nn.Flatten())
         elif hidden:
             self.pool = nn.Sequential(
                 nn.Flatten(),
@@ -70,7 +70,7 @@ class CNN(Network):
             )
         else:
             self.pool = average_pool()
-        self.num_features = hidden or features or channels
+        self.num_features = hidden or feature_filters or channels
         self.fc = classifier(self.num_features, num_classes)
 
     def forward_features(self, images: Tensor) -> Tensor:
@@ -101,11 +101,11 @@ def cnn6(
     input_size: int = 8,
     batch_norm: bool = True,
     relu: bool = True,
-    features: int | None = None,
+    feature_filters: int | None = None,
 ) -> CNN:
     """Three blocks of two 3×3 convolutions, 32-64-128 filters, for small images (8×8 to 32×32); 288,000 parameters.
 
-    ``features=2`` gives the classifier two numbers to read, which can be drawn.
+    ``feature_filters=2`` gives the classifier two numbers to read, which can be drawn.
     """
     return CNN(
         widths=(32, 64, 128),
@@ -116,7 +116,7 @@ def cnn6(
         input_size=input_size,
         batch_norm=batch_norm,
         relu=relu,
-        features=features,
+        feature_filters=feature_filters,
     )
 
 
@@ -152,4 +152,4 @@ def cnn9_no_batchnorm(
     hidden: int = 512,
 ) -> CNN:
     """:func:`cnn9` without batch normalisation."""
-    return cnn9(num_classes, in_chans, input_size, False, relu, widths, hidden)
+    return cnn9(num_classes, in_chans, input_size, batch_norm=False, relu=relu, widths=widths, hidden=hidden)
