@@ -33,10 +33,13 @@ lint: setup
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 
-bench: setup  ## Measure layers and networks beside their plain twins, and write docs/performance.md.
+bench: setup  ## Measure layers, networks and checkpoints beside their plain twins, and write the pages.
 	$(RUN) -m benchmarks.operators
 	$(RUN) -m benchmarks.models
+	$(RUN) -m benchmarks.pipeline
+	$(RUN) -m benchmarks.checkpoints
 	$(RUN) -m benchmarks.report
+	$(RUN) -m zoo reports
 
 clean:
 	rm -rf $(VENV) $(VENV)-floors outputs

@@ -72,6 +72,13 @@ Only `resnet18` is compiled on a CPU, since compiling takes minutes. *Folded* is
 filters normalised once, BatchNorm inside the convolutions. The plain network has its BatchNorm still, which could be
 folded likewise.
 
+## Training
+
+What a training step of `resnet20` spends outside forward, backward and optimiser, on generated images of CIFAR's size
+with crop, flip and cutout, the set lying on the device ({pipeline_setting}; `python -m benchmarks.pipeline`):
+
+{pipeline}
+
 ## Memory
 
 The most memory that a training step holds, parameters included, as a ratio to the plain network's. Single layers and
@@ -105,8 +112,8 @@ an example, it makes sure.
 """
 
 
-def page(layers: Mapping[str, Any], networks: Mapping[str, Any]) -> str:
-    """Return the page in Markdown for the records that the two benchmarks wrote."""
+def page(layers: Mapping[str, Any], networks: Mapping[str, Any], pipeline: Mapping[str, Any]) -> str:
+    """Return the page in Markdown for the records that the three benchmarks wrote."""
     return TEXT.format(
         rounds=f"{networks['rounds']} (networks) or {layers['rounds']} (layers)",
         spread=_spread([*layers["rows"], *networks["rows"]]),
@@ -119,6 +126,16 @@ def page(layers: Mapping[str, Any], networks: Mapping[str, Any]) -> str:
         compiled_layers=layer_table(layers["rows"], [*operators.COMPILED, operators.BCOS], True),
         overhead=overhead_table(layers["rows"]),
         networks=network_table(networks["rows"]),
+        pipeline=pipeline_table(pipeline["rows"]),
+        pipeline_setting=", ".join(
+            [
+                f"{pipeline['steps']} steps",
+                pipeline["hardware"],
+                f"torch {pipeline['torch']}",
+                pipeline["precision"],
+                "compiled" if pipeline["compiled"] else "eager",
+            ]
+        ),
         memory=memory_table(networks["rows"]),
         layer_memory=f"{max(row['numbers']['tanh_cosine']['memory'] for row in layers['rows'] if row['training']):.1f}",
         growth="\n".join(_growth_rows(networks["growth"])),
@@ -167,6 +184,23 @@ def network_table(rows: Sequence[Mapping[str, Any]]) -> str:
                 "compiled" if row["compiled"] else "eager",
                 _plain_ms(row),
                 *_ratios(row, names),
+            )
+            for row in rows
+        ],
+    )
+
+
+def pipeline_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return the milliseconds of a training step inside and outside forward, backward and optimiser."""
+    return markdown_table(
+        ("convolutions", "batch", "inside, ms", "outside, ms", "share outside"),
+        [
+            (
+                row["operator"],
+                str(row["batch"]),
+                f"{row['inside_ms']:.1f}",
+                f"{row['outside_ms']:.2f}",
+                f"{row['share']:.1%}",
             )
             for row in rows
         ],
@@ -239,9 +273,9 @@ def read(name: str) -> dict[str, Any]:
 
 def main() -> None:
     argparse.ArgumentParser(description=__doc__).parse_args()
-    layers, networks = read("operators.json"), read("models.json")
+    layers, networks, pipeline = read("operators.json"), read("models.json"), read("pipeline.json")
     draw_growth(networks["growth"], PICTURE)
-    PAGE.write_text(page(layers, networks), encoding="utf-8")
+    PAGE.write_text(page(layers, networks, pipeline), encoding="utf-8")
     print(f"written: {PAGE}, {PICTURE}")
 
 

@@ -92,7 +92,7 @@ def yes(flag):
 
 
 def test_the_costs_are_what_was_measured():
-    networks, layers = report.read("models.json"), report.read("operators.json")
+    networks, layers, pipeline = (report.read(f"{name}.json") for name in ("models", "operators", "pipeline"))
     assert report.network_table(networks["rows"]) in README
     assert networks["hardware"] in README and f"torch {networks['torch']}" in README
-    assert report.PAGE.read_text(encoding="utf-8") == report.page(layers, networks)
+    assert report.PAGE.read_text(encoding="utf-8") == report.page(layers, networks, pipeline)

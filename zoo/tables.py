@@ -14,7 +14,7 @@ import yaml
 
 from operators.lookup import look_up
 from zoo.checkpoints import write_whole
-from zoo.export import recorded_data, trained_model
+from zoo.export import trained_model
 from zoo.measures import MEASURES, Answers
 from zoo.training import CONFIGS, LEAST_SECONDS, Device, Trained, train
 
@@ -194,7 +194,7 @@ def measured(table: Table, cell: Cell, trained: Trained, device: Device) -> dict
     result |= {"precision": device.precision, "compiled": device.compile}
     if trained.finished:
         model, record = trained_model(trained.checkpoint)
-        data = trained.data or recorded_data(record["data"], root=None)
+        data = trained.images()
         answers = Answers.collect(model.to(device.name), data.evaluation_batches("test"))
         numbers = {name: MEASURES[name].of(answers) for name in table.metrics}
         result |= {name: value if math.isfinite(value) else None for name, value in numbers.items()}

@@ -22,7 +22,7 @@ from zoo.checkpoints import CONFIG, PRETRAINED, put_in_place, read_config, write
 from zoo.classifier import read_lightning_checkpoint, read_record
 from zoo.cli import run
 from zoo.data import ImageData
-from zoo.export import export
+from zoo.export import export, recorded_data
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 WORK = Path("outputs/zoo")
@@ -104,6 +104,10 @@ class Trained:
     images_per_epoch: int | None
     data: ImageData | None
 
+    def images(self) -> ImageData:
+        """Return the images, those that the checkpoint records if nothing was left to train."""
+        return self.data or recorded_data(read_record(read_lightning_checkpoint(self.checkpoint))["data"], root=None)
+
 
 def train(
     recipe: Path,
@@ -133,17 +137,16 @@ def train(
     resume = []
     if last.exists():
         lines.load_state_dict(read_lightning_checkpoint(last)["callbacks"][lines.state_key])
-        if is_finished(last) or time.monotonic() + lines.epochs[-1]["seconds"] > deadline:
-            return Trained(last, is_finished(last), None, lines.epochs, lines.images_per_epoch, data)
+        finished = is_finished(last)
+        if finished or time.monotonic() + lines.epochs[-1]["seconds"] > deadline:
+            return Trained(last, finished, None, lines.epochs, lines.images_per_epoch, data)
         resume = ["--ckpt_path", str(last)]
     arguments = ["fit", "--config", os.path.relpath(recipe), "--checkpoint.dirpath", str(folder)]
     arguments += [*device.options(), *options, *resume]
     stopped = None
     try:
         with _one_line_an_epoch():
-            data = run(
-                [*arguments, *device.options(), *options, *resume], [lines, StopInTime(deadline)], data
-            ).datamodule
+            data = run(arguments, [lines, StopInTime(deadline)], data).datamodule
     except FloatingPointError as error:
         data, stopped = lines.data, str(error)
     if data:
@@ -263,9 +266,9 @@ def _publish(trained: Trained, folder: Path) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as scratch:
         draft = Path(scratch) / folder.name
-        metrics = export(trained.checkpoint, draft, data=trained.data, precision=None)
-        batches = trained.data.evaluation_batches("test") if trained.data else None
-        if problems := zoo.verify(draft, batches):
+        data = trained.images()
+        metrics = export(trained.checkpoint, draft, data=data, precision=None)
+        if problems := zoo.verify(draft, data.evaluation_batches("test")):
             raise zoo.CheckpointError("; ".join(problems))
         put_in_place(draft, folder, old=Path(scratch) / "old")
     measured = ", ".join(f"{metric.split} accuracy {metric.value:.4f}" for metric in metrics)
