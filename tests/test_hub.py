@@ -73,9 +73,10 @@ def test_every_entry_loads_from_another_folder_without_lightning(tmp_path):
     code = f"""{NO_LIGHTNING}
 for name in {[*zoo.list_checkpoints()]!r}:
     model = torch.hub.load({str(ROOT)!r}, name, source="local")
-    assert not model.training and model(torch.rand(2, 1, 8, 8)).shape == (2, 10)
+    images = torch.rand(2, model.spec.in_chans, model.spec.input_size, model.spec.input_size)
+    assert not model.training and model(images).shape == (2, 10)
     fresh = torch.hub.load({str(ROOT)!r}, name, source="local", pretrained=False, num_classes=3, device="cpu")
-    assert fresh.training and fresh(torch.rand(2, 1, 8, 8)).shape == (2, 3)
+    assert fresh.training and fresh(images).shape == (2, 3)
 for name in {sorted(ARCHITECTURES)!r}:
     model = torch.hub.load({str(ROOT)!r}, name, source="local", operator="ball_cosine", num_classes=4, in_chans=1)
     assert model.spec.architecture == name and model.spec.operator.name == "ball_cosine"

@@ -5,12 +5,13 @@ import functools
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 import zoo
 from operators.lookup import unknown_name
@@ -109,17 +110,23 @@ def show_list(arguments: argparse.Namespace) -> None:
 def verify(arguments: argparse.Namespace) -> None:
     failed = False
     for name in arguments.names or zoo.list_checkpoints():
-        batches, split = None, "test"
-        if arguments.accuracy:
-            config = read_config(zoo.find(name))
-            if "data" not in config["training"] or not config["metrics"]:
-                raise ValueError(f"{name} does not record what was measured on which data, so it cannot be checked")
-            split = config["metrics"][-1]["split"]
-            batches = recorded_data(config["training"]["data"], arguments.root).evaluation_batches(split)
-        problems = zoo.verify(name, batches, split)
+        try:
+            problems = zoo.verify(name, *(_recorded_batches(name, arguments.root) if arguments.accuracy else ()))
+        # Of images that are not there; the other checkpoints can be verified all the same.
+        except FileNotFoundError as error:
+            problems = [str(error)]
         print(f"{name}: {'ok' if not problems else '; '.join(problems)}")
         failed = failed or bool(problems)
     sys.exit(int(failed))
+
+
+def _recorded_batches(name: str, root: str | None) -> tuple[Iterator[tuple[Tensor, Tensor]], str]:
+    """Return the images that a checkpoint was measured on last, and the name of their split."""
+    config = read_config(zoo.find(name))
+    if "data" not in config["training"] or not config["metrics"]:
+        raise ValueError(f"{name} does not record what was measured on which data, so it cannot be checked")
+    split = config["metrics"][-1]["split"]
+    return recorded_data(config["training"]["data"], root).evaluation_batches(split), split
 
 
 def write_cards(arguments: argparse.Namespace) -> None:
