@@ -159,10 +159,10 @@ def test_a_killed_training_loses_at_most_one_epoch(here):
 def test_a_recipe_that_fails_is_told_and_the_next_one_is_trained(why, here, capsys, monkeypatch):
     if why == "no images":
         only, wrong = "*_cnn6_conv", "mnist_cnn6_conv"
-        expected = "failed: no complete MNIST under"
+        expected = "failed (FileNotFoundError): no complete MNIST under"
     else:
         only, wrong = "digits_cnn6_*", "digits_cnn6_conv"
-        expected = "failed: training stopped at step 0, where the gradient"
+        expected = "failed (FloatingPointError): training stopped at step 0, where the gradient"
         training_step = Classifier.training_step
 
         def broken(self, *arguments):

@@ -235,7 +235,7 @@ def train_zoo(
         except Exception as error:
             if os.environ.get("ZOO_TRACEBACK"):
                 raise
-            print(f"{recipe.stem}: failed: {error}", flush=True)
+            print(f"{recipe.stem}: failed ({type(error).__name__}): {error}", flush=True)
             all_well = False
     return all_well
 
