@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
+from zoo.checkpoints import write_whole
+
 Step = Callable[[], None]
 PLAIN = "plain"
 RESULTS = Path(__file__).resolve().parent.parent / "results"
@@ -166,9 +168,7 @@ def describe(device: str, threads: int) -> dict[str, Any]:
 def write(record: Mapping[str, Any], path: Path) -> None:
     """Write the numbers as JSON, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(path.name + ".part")
-    draft.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    draft.replace(path)
+    write_whole(path, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
     print(f"written: {path}")
 
 

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from benchmarks import models, operators
 from benchmarks.measure import PLAIN, RESULTS
 from zoo.cards import markdown_table
+from zoo.checkpoints import write_whole
 from zoo.plots import STYLE
 
 DOCS = RESULTS.parent / "docs"
@@ -74,8 +75,9 @@ folded likewise.
 
 ## Training
 
-What a training step of `resnet20` spends outside forward, backward and optimiser, on generated images of CIFAR's size
-with crop, flip and cutout, the set lying on the device ({pipeline_setting}; `python -m benchmarks.pipeline`):
+What a training step of `resnet20` spends outside forward, backward and optimiser (with its check of the gradient), on
+generated images of CIFAR's size with crop, flip and cutout, the set lying on the device ({pipeline_setting};
+`python -m benchmarks.pipeline`):
 
 {pipeline}
 
@@ -275,7 +277,7 @@ def main() -> None:
     argparse.ArgumentParser(description=__doc__).parse_args()
     layers, networks, pipeline = read("operators.json"), read("models.json"), read("pipeline.json")
     draw_growth(networks["growth"], PICTURE)
-    PAGE.write_text(page(layers, networks, pipeline), encoding="utf-8")
+    write_whole(PAGE, page(layers, networks, pipeline))
     print(f"written: {PAGE}, {PICTURE}")
 
 

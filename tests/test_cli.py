@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -294,10 +295,13 @@ def test_the_embedded_checkpoints_reach_what_they_claim(run):
         assert [m["value"] >= 0.98 for m in config["metrics"] if m["split"] == "test"] == [True]
 
 
-def test_a_checkpoint_whose_images_are_missing_does_not_keep_others_from_being_verified(run):
-    names = ("cifar10_resnet20_conv", "digits_cnn6_conv")
+def test_a_checkpoint_that_cannot_be_verified_does_not_keep_others_from_it(run):
+    shutil.copytree(PRETRAINED / "digits_cnn6_tanh_cosine", "digits_cnn6_tanh_cosine")
+    os.truncate("digits_cnn6_tanh_cosine/model.safetensors", 1000)
+    names = ("cifar10_resnet20_conv", "./digits_cnn6_tanh_cosine", "digits_cnn6_conv")
     status, printed, errors = run("verify", "--accuracy", *names, main=command_line.main)
     assert status == 1 and "cifar10_resnet20_conv: no folder data/cifar10/train" in printed
+    assert "./digits_cnn6_tanh_cosine: digits_cnn6_tanh_cosine/model.safetensors" in printed
     assert "digits_cnn6_conv: ok" in printed and not errors
 
 

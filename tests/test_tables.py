@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,10 +13,11 @@ import zoo
 from operators import OperatorConfig
 from zoo import reports, tables
 from zoo.cards import markdown_table
+from zoo.data import Digits
 from zoo.measures import Answers
 from zoo.models import ModelSpec
-from zoo.tables import list_tables, merged, read_results, read_table, result_path, run_table
-from zoo.training import Device
+from zoo.tables import list_tables, measured, merged, read_results, read_table, result_path, run_table
+from zoo.training import Device, Trained
 
 CPU = Device("cpu", compile=False)
 PAPER_ROWS = {
@@ -132,7 +134,9 @@ def test_a_cell_that_diverges_is_reported_as_such(here, monkeypatch):
     (one,) = read_results(table, "tiny", here)
     assert one["error"] is None and not one["converged"] and "is not finite" in one["stopped"]
     assert reports.cell_text([one], "convolution", "cosine", "error") == "N/C"
-    assert "Not trained here" in reports.provenance(table, "tiny", [one])
+    assert one["commit"] and one["hardware"] and one["torch"] == torch.__version__
+    told = reports.provenance(table, "tiny", [one])
+    assert "Here: Digits; scale `tiny`: " in told and "no network finished; 1 seed; " in told
 
 
 @pytest.mark.parametrize("name", list_tables())
@@ -219,10 +223,30 @@ def test_measures_of_known_features():
     # The centres are (0, ½) and (0.7, ½), the mean distances to them ½ and 0.1.
     assert answers.spread() == pytest.approx(0.3 / 0.7)
     assert answers.drawn_features() == [[0.0, 0.0, 0], [0.0, 1.0, 0], [0.6, 0.5, 5], [0.8, 0.5, 5]]
-    # Logits grow with the class for a positive second feature, so class 0 is the unlikeliest of six.
-    known = Answers.collect(model, [(images[1:], labels[1:]) for images, labels in batches])
-    assert known.error() == known.top5_error() == pytest.approx(100 / 3)
-    assert known.error(top=6) == known.error(top=10) == 0
+
+
+def test_an_error_counts_the_images_whose_class_is_not_among_the_likeliest():
+    logits = torch.arange(7.0).repeat(4, 1)
+    answers = Answers(logits, logits, torch.tensor([6, 5, 2, 1]))
+    assert [answers.error(top) for top in (1, 2, 5, 6, 10)] == [75, 50, 25, 0, 0]
+    assert answers.top5_error() == answers.error(5)
+
+
+@pytest.mark.parametrize(("right", "converged"), [(4, True), (3, False), (1, False)])
+def test_a_network_has_converged_if_it_is_better_than_half_as_good_again_as_chance(right, converged, monkeypatch):
+    """Of ten images in five classes, three named rightly are 1.5 times chance."""
+    labels = torch.arange(10) % 5
+    guesses = torch.where(torch.arange(10) < right, labels, (labels + 1) % 5)
+    answers = Answers(nn.functional.one_hot(guesses).float(), torch.zeros(10, 2), labels)
+    monkeypatch.setattr(Answers, "collect", lambda *_: answers)
+    model = zoo.ImageModel(nn.Identity(), ModelSpec("cnn6", None, tuple("abcde"), 1, 8, (0.0,), (1.0,), {}))
+    record = {"training": {"hardware": "a machine", "torch": "2", "commit": "none"}}
+    monkeypatch.setattr(tables, "trained_model", lambda _: (model, record))
+    table = read_table("no_batchnorm")
+    trained = Trained(Path("last.ckpt"), True, None, [{"epoch": 1, "seconds": 6.0}], 100, Digits())
+    result = measured(table, table.cells("tiny")[0], trained, CPU)
+    assert result["converged"] == converged
+    assert (result["error"], result["test_images"], result["minutes"]) == (pytest.approx(100 - 10 * right), 10, 0.1)
 
 
 def test_unknown_names_bring_the_nearest():

@@ -14,11 +14,12 @@ from PIL import Image
 
 import zoo
 from operators import OperatorConfig
-from tests.test_data import write_dataset
+from tests.test_data import write_dataset, write_images
 from zoo import training
 from zoo.callbacks import StopInTime
 from zoo.checkpoints import read_config
 from zoo.classifier import Classifier, read_lightning_checkpoint
+from zoo.data import MNIST
 from zoo.training import Device, is_finished, recipes, train, train_zoo
 
 CPU = Device("cpu", compile=False)
@@ -58,6 +59,9 @@ def test_a_recipe_is_named_for_what_it_trains_and_differs_from_its_twin_in_the_o
     operator_name = operator if operator == "conv" else OperatorConfig.parse(operator).name
     family = name.removesuffix(f"_{operator_name}")
     assert family.endswith(f"_{recipe['model']['architecture']}")
+    # It projects decoupled filters only: the twin would be trained no differently with it.
+    for callback in recipe["trainer"].pop("callbacks", []):
+        assert callback["class_path"] == "zoo.callbacks.WeightProjection"
     twin = yaml.safe_load((training.CONFIGS / f"{family}_conv.yaml").read_text(encoding="utf-8"))
     assert twin["model"].pop("operator") == "conv" and recipe == twin
 
@@ -206,7 +210,7 @@ def test_compiled_training_gives_what_eager_training_gives(here):
         torch.testing.assert_close(models[1][name], value, rtol=1e-3, atol=1e-4)
 
 
-def test_another_recipe_is_trained_afresh_and_a_finished_one_not_again(here):
+def test_another_recipe_is_trained_afresh_and_a_finished_one_not_again(here, capsys):
     recipe = here / "recipe.yaml"
     text = (training.CONFIGS / "digits_cnn6_conv.yaml").read_text(encoding="utf-8").replace("30", "1")
     recipe.write_text(text, encoding="utf-8")
@@ -215,9 +219,56 @@ def test_another_recipe_is_trained_afresh_and_a_finished_one_not_again(here):
     again = train(recipe, CPU, folder=here / "run")
     assert again.finished and again.checkpoint.read_bytes() == before
     assert again.epochs == first.epochs and again.images_per_epoch == first.images_per_epoch
+    # Remarks are no settings.
+    recipe.write_text(f"# A remark.\n{text}", encoding="utf-8")
+    assert train(recipe, CPU, folder=here / "run").checkpoint.read_bytes() == before
+    capsys.readouterr()
     recipe.write_text(text.replace("model:", "model:\n  learning_rate: 0.001"), encoding="utf-8")
     other = train(recipe, CPU, folder=here / "run")
     assert other.finished and other.epochs != first.epochs
+    assert "run held a training with other settings, which is thrown away" in capsys.readouterr().out
+
+
+def test_a_folder_with_other_files_is_left_alone(here):
+    (here / "run").mkdir()
+    (here / "run/notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="run has other files than a training's; name another folder, or empty it"):
+        train(training.CONFIGS / "digits_cnn6_conv.yaml", CPU, folder=here / "run")
+    assert (here / "run/notes.txt").read_text() == "mine"
+
+
+def test_a_finished_training_is_measured_on_its_own_images(here):
+    """Also if it was not published then, and the recipe before it was for others."""
+    recipe, options = training.CONFIGS / "digits_cnn6_conv.yaml", ["--trainer.max_epochs", "1"]
+    train(recipe, CPU, folder=here / "run", options=options)
+    again = train(recipe, CPU, folder=here / "run", options=options, data=MNIST(root="nowhere"))
+    assert again.finished and again.images().title == "Digits"
+
+
+def test_a_training_says_why_it_does_not_go_on(here, capsys, monkeypatch):
+    recipe, options = training.CONFIGS / "digits_cnn6_conv.yaml", ["--trainer.max_epochs", "2"]
+    monkeypatch.setattr(StopInTime, "on_train_epoch_end", stop)
+    first = train(recipe, CPU, folder=here / "run", options=options)
+    capsys.readouterr()
+    again = train(recipe, CPU, folder=here / "run", options=options, deadline=time.monotonic())
+    assert not again.finished and again.epochs == first.epochs
+    needed = f"{first.epochs[0]['seconds']:.0f}"
+    assert capsys.readouterr().out == f"digits_cnn6_conv: an epoch takes {needed} s, and 0 s are left\n"
+
+
+def test_a_network_without_test_images_is_published_with_its_validation_accuracy(here, monkeypatch):
+    for split, count in (("train", 3), ("val", 2)):
+        write_images(here / "photos" / split, {"cat": count, "dog": count})
+    recipe = {
+        "model": {"architecture": "cnn6", "operator": "conv"},
+        "data": {"class_path": "ImageFolder", "init_args": {"root": "photos", "input_size": 8}},
+        "trainer": {"max_epochs": 1},
+    }
+    (here / "photos_cnn6_conv.yaml").write_text(yaml.safe_dump(recipe))
+    monkeypatch.setattr(training, "CONFIGS", here)
+    assert train_zoo(device=CPU, to=here / "zoo")
+    (metric,) = read_config(here / "zoo/photos_cnn6_conv")["metrics"]
+    assert (metric["split"], metric["images"]) == ("val", 4)
 
 
 def test_the_history_of_epochs_survives_a_stop(here, monkeypatch):

@@ -25,7 +25,7 @@ from zoo.reports import write_reports
 from zoo.tables import RESULTS, list_tables, read_table, run_table
 from zoo.training import Device, train_zoo
 
-MINUTES = "begin no epoch that would not end in that time; the next call goes on"
+MINUTES = "begin no epoch that would not end in that time (but a first one, of unknown length); the next call goes on"
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -112,8 +112,8 @@ def verify(arguments: argparse.Namespace) -> None:
     for name in arguments.names or zoo.list_checkpoints():
         try:
             problems = zoo.verify(name, *(_recorded_batches(name, arguments.root) if arguments.accuracy else ()))
-        # Of images that are not there; the other checkpoints can be verified all the same.
-        except FileNotFoundError as error:
+        # Images that are not there, or a damaged folder; the other checkpoints can be verified all the same.
+        except (FileNotFoundError, zoo.CheckpointError) as error:
             problems = [str(error)]
         print(f"{name}: {'ok' if not problems else '; '.join(problems)}")
         failed = failed or bool(problems)

@@ -1,6 +1,7 @@
 """Callbacks: the authors' optional training tricks, the last checkpoint, and the table of predictions."""
 
 import csv
+import io
 import os
 import shlex
 import time
@@ -17,6 +18,7 @@ from rich.table import Table
 from torch import Tensor
 
 from operators import DecoupledConv2d, filter_norm
+from zoo.checkpoints import write_whole
 
 
 class WeightProjection(Callback):
@@ -68,7 +70,12 @@ class LastCheckpoint(Checkpoint):
 
     def on_train_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if not trainer.fast_dev_run:
-            trainer.save_checkpoint(Path(self._folder(trainer)) / "last.ckpt", weights_only=False)
+            last = Path(self._folder(trainer)) / "last.ckpt"
+            # Beside it, so that taking its place is one step: a kill leaves the old file or the new one.
+            draft = last.with_name("last.ckpt.part")
+            trainer.save_checkpoint(draft, weights_only=False)
+            if trainer.is_global_zero:
+                draft.replace(last)
 
     def on_exception(self, trainer: L.Trainer, module: L.LightningModule, exception: BaseException) -> None:
         if trainer.state.fn != "fit" or not isinstance(exception, KeyboardInterrupt):
@@ -196,10 +203,9 @@ class PredictionTable(BasePredictionWriter):
 
     def _write(self, path: Path, rows: list[list[str]]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        draft = path.with_name(path.name + ".part")
-        with open(draft, "w", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerows(rows)
-        draft.replace(path)
+        text = io.StringIO(newline="")
+        csv.writer(text).writerows(rows)
+        write_whole(path, text.getvalue())
 
 
 def decoupled_layers(module: torch.nn.Module) -> list[DecoupledConv2d]:

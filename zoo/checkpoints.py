@@ -260,11 +260,13 @@ def fingerprint(model: ImageModel) -> list[list[float]]:
 def find(where: str | os.PathLike[str]) -> Path:
     """Return the folder of an embedded checkpoint's name or of a path.
 
+    A string that is such a name stands for that checkpoint; ``"./NAME"`` and ``Path("NAME")`` are folders.
+
     Raises:
         ValueError: neither; the message lists the names and the nearest one.
     """
     name = os.fspath(where)
-    if name in list_checkpoints():
+    if isinstance(where, str) and name in list_checkpoints():
         return PRETRAINED / name
     if Path(name).is_dir():
         return Path(name)
@@ -331,7 +333,8 @@ _FIELDS: dict[str, type | tuple[type, ...]] = {
 def write_whole(path: Path, text: str) -> None:
     """Write a text file whole or not at all."""
     draft = path.with_name(f"{path.name}.part")
-    draft.write_text(text, encoding="utf-8")
+    # The line ends of the text itself: those of CSV are the same everywhere.
+    draft.write_text(text, encoding="utf-8", newline="")
     draft.replace(path)
 
 

@@ -167,9 +167,7 @@ class Classifier(L.LightningModule):
                 "epochs": self.current_epoch + 1,
                 "command": " && ".join([*self.earlier_commands, self.command]),
                 "seed": int(os.environ.get("PL_GLOBAL_SEED", -1)),
-                "commit": _commit(),
-                "hardware": _hardware(self.device),
-                "torch": str(torch.__version__),
+                **origin(self.device),
             },
         }
 
@@ -329,6 +327,11 @@ def _check_data(spec: ModelSpec, data: ImageData) -> None:
 def _identity(spec: ModelSpec) -> str:
     settings = f" {dict(spec.model_args)}" if spec.model_args else ""
     return f"{spec.architecture}{settings} with {spec.operator or PLAIN} and {len(spec.class_names)} classes"
+
+
+def origin(device: torch.device) -> dict[str, str]:
+    """Return what a training's numbers depend on beside its recipe: commit, hardware and torch."""
+    return {"commit": _commit(), "hardware": _hardware(device), "torch": str(torch.__version__)}
 
 
 @functools.cache

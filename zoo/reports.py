@@ -137,21 +137,23 @@ def provenance(table: Table, scale: str, results: Results) -> str:
     measures = "; ".join(MEASURES[metric].title for metric in table.metrics)
     paper = f", in brackets the paper's on {table.paper_data}" if table.paper_data else ""
     what = f"{measures[0].upper()}{measures[1:]}{paper}."
-    trained = [result for result in results if result["test_images"]]
-    if not trained:
+    if not results:
         return f"{what} Not trained here."
 
     def distinct(values: Iterable[str]) -> str:
         return ", ".join(dict.fromkeys(values))
 
-    networks = distinct(_network(result["recipe"]) for result in trained)
-    lengths = distinct(f"{len(result['epochs'])} epochs of {result['images_per_epoch']:,} images" for result in trained)
-    tested = distinct(f"{result['data']}, {result['test_images']:,} test images" for result in trained)
-    machines = distinct(f"{result['hardware']}, {result['precision']}" for result in trained)
+    # Those stopped by a gradient that is not finite have neither all epochs nor a test.
+    finished = [result for result in results if result["test_images"]]
+    networks = distinct(_network(result["recipe"]) for result in results)
+    lengths = [f"{len(result['epochs'])} epochs of {result['images_per_epoch']:,} images" for result in finished]
+    tested = [f"{result['data']}, {result['test_images']:,} test images" for result in finished]
+    machines = distinct(f"{result['hardware']}, {result['precision']}" for result in results)
     seeds = len({result["seed"] for result in results})
     longest = max(result["minutes"] for result in results)
     return (
-        f"{what} Here: {tested}; scale `{scale}`: {networks}; {lengths}; {seeds} seed{'s' * (seeds > 1)}; {machines}; "
+        f"{what} Here: {distinct(tested) or distinct(result['data'] for result in results)}; scale `{scale}`: "
+        f"{networks}; {distinct(lengths) or 'no network finished'}; {seeds} seed{'s' * (seeds > 1)}; {machines}; "
         f"at most {longest:.1f} minutes of training a cell (`python -m zoo table {table.name} --scale {scale}`)."
     )
 

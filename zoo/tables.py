@@ -10,10 +10,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from operators.lookup import look_up
 from zoo.checkpoints import write_whole
+from zoo.classifier import origin
 from zoo.export import trained_model
 from zoo.measures import MEASURES, Answers
 from zoo.training import CONFIGS, LEAST_SECONDS, Device, Trained, train
@@ -46,7 +48,6 @@ class Table:
     """An experiment of ``configs/tables``.
 
     Attributes:
-        title: what stands above the table.
         metrics: names of :data:`zoo.measures.MEASURES`, the first of them the one that the paper has.
         rows, columns: their names in order; each is a part of the recipe.
         paper: the paper's number of a (row, column); a string where it has none, as "N/C".
@@ -54,7 +55,6 @@ class Table:
     """
 
     name: str
-    title: str
     metrics: tuple[str, ...]
     rows: tuple[str, ...]
     columns: tuple[str, ...]
@@ -101,7 +101,6 @@ def read_table(name: str) -> Table:
     paper = {(row, column): value for row in rows for column, value in rows[row].get("paper", {}).items()}
     return Table(
         name,
-        definition["title"],
         tuple(definition["metrics"]),
         tuple(rows),
         tuple(columns),
@@ -170,7 +169,7 @@ def run_table(
         recipe.parent.mkdir(parents=True, exist_ok=True)
         write_whole(recipe, yaml.safe_dump(cell.recipe, sort_keys=False, allow_unicode=True))
         trained = train(recipe, device, folder=folder, deadline=deadline, data=data)
-        data = trained.data
+        data = trained.data or data
         if not (trained.finished or trained.stopped):
             print(f"{cell.name}: goes on in the next call")
             return False
@@ -189,12 +188,12 @@ def run_table(
 def measured(table: Table, cell: Cell, trained: Trained, device: Device) -> dict[str, Any]:
     """Measure a network on the test images and return everything that the table, its plot and a doubter need."""
     result: dict[str, Any] = {"row": cell.row, "column": cell.column, "seed": cell.seed}
-    result |= dict.fromkeys((*table.metrics, "test_images", "data", "hardware", "torch", "commit"))
-    result |= {"converged": False, "stopped": trained.stopped}
-    result |= {"precision": device.precision, "compiled": device.compile}
+    data = trained.images()
+    result |= dict.fromkeys((*table.metrics, "test_images"))
+    result |= {"converged": False, "stopped": trained.stopped, "data": data.title}
+    result |= {"precision": device.precision, "compiled": device.compile, **origin(torch.device(device.name))}
     if trained.finished:
         model, record = trained_model(trained.checkpoint)
-        data = trained.images()
         answers = Answers.collect(model.to(device.name), data.evaluation_batches("test"))
         numbers = {name: MEASURES[name].of(answers) for name in table.metrics}
         result |= {name: value if math.isfinite(value) else None for name, value in numbers.items()}
@@ -202,9 +201,9 @@ def measured(table: Table, cell: Cell, trained: Trained, device: Device) -> dict
         result["converged"] = 100 - answers.error() > TIMES_CHANCE * chance and all(
             map(math.isfinite, numbers.values())
         )
-        result |= {"test_images": len(answers.labels), "data": data.title}
+        result |= {"test_images": len(answers.labels)}
         result |= {name: record["training"][name] for name in ("hardware", "torch", "commit")}
-        if "spread" in table.metrics:
+        if "spread" in table.metrics and result["converged"]:
             result["features"] = answers.drawn_features()
     result["epochs"] = [
         {name: value if math.isfinite(value) else None for name, value in epoch.items()} for epoch in trained.epochs

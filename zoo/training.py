@@ -94,7 +94,7 @@ class Trained:
         stopped: why it cannot go on, if gradients were not finite.
         epochs: one mapping of metrics for each epoch.
         images_per_epoch: how many images an epoch has, if one was begun.
-        data: the images, for whoever trains on them next.
+        data: the images, if any epoch was trained now: for whoever trains on them next.
     """
 
     checkpoint: Path
@@ -122,13 +122,14 @@ def train(
 
     Args:
         recipe: a configuration file of ``train.py fit``.
-        folder: where its Lightning checkpoints are. Those of another recipe are thrown away.
+        folder: where its Lightning checkpoints are. Those of a recipe with other settings are thrown away.
         options: further options of ``train.py fit``.
-        deadline: on the clock of ``time.monotonic``.
+        deadline: on the clock of ``time.monotonic``. How long an epoch takes is known after the first, which is
+            begun in any case.
         data: images that need not be read again if the recipe is for the same.
 
     Raises:
-        ValueError, OSError: a recipe that cannot be trained, e.g. for want of its images.
+        ValueError, OSError: a recipe that cannot be trained, e.g. for want of its images, or a folder with other files.
     """
     torch.compiler.reset()
     _claim(folder, recipe)
@@ -138,8 +139,11 @@ def train(
     if last.exists():
         lines.load_state_dict(read_lightning_checkpoint(last)["callbacks"][lines.state_key])
         finished = is_finished(last)
-        if finished or time.monotonic() + lines.epochs[-1]["seconds"] > deadline:
-            return Trained(last, finished, None, lines.epochs, lines.images_per_epoch, data)
+        seconds, left = lines.epochs[-1]["seconds"], deadline - time.monotonic()
+        if not finished and seconds > left:
+            print(f"{recipe.stem}: an epoch takes {seconds:.0f} s, and {max(left, 0):.0f} s are left")
+        if finished or seconds > left:
+            return Trained(last, finished, None, lines.epochs, lines.images_per_epoch, None)
         resume = ["--ckpt_path", str(last)]
     arguments = ["fit", "--config", os.path.relpath(recipe), "--checkpoint.dirpath", str(folder)]
     arguments += [*device.options(), *options, *resume]
@@ -158,11 +162,14 @@ def train(
 def _claim(folder: Path, recipe: Path) -> None:
     """Make ``folder`` that of ``recipe``, and throw away what is there of another one."""
     mine, text = folder / "recipe.yaml", recipe.read_text(encoding="utf-8")
-    if mine.is_file() and mine.read_text(encoding="utf-8") == text:
-        return
-    if folder.is_dir():
+    if mine.is_file():
+        if yaml.safe_load(mine.read_text(encoding="utf-8")) == yaml.safe_load(text):
+            return
+        print(f"{recipe.stem}: {folder} held a training with other settings, which is thrown away")
         shutil.rmtree(folder)
-    folder.mkdir(parents=True)
+    elif folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"{folder} has other files than a training's; name another folder, or empty it")
+    folder.mkdir(parents=True, exist_ok=True)
     write_whole(mine, text)
 
 
@@ -212,19 +219,19 @@ def train_zoo(
     deadline = time.monotonic() + 60 * minutes
     all_well, data = True, None
     for recipe in recipes(only):
-        wanted = epochs or yaml.safe_load(recipe.read_text(encoding="utf-8"))["trainer"]["max_epochs"]
         folder = to / recipe.stem
         if deadline - time.monotonic() < LEAST_SECONDS:
             print(f"{recipe.stem}: no time left")
             continue
         try:
+            wanted = epochs or yaml.safe_load(recipe.read_text(encoding="utf-8"))["trainer"]["max_epochs"]
             if (folder / CONFIG).is_file() and read_config(folder)["training"].get("epochs", 0) >= wanted:
                 print(f"{recipe.stem}: has its checkpoint")
                 continue
             work = WORK / recipe.stem / f"{wanted}_epochs"
             options = ["--trainer.max_epochs", str(wanted)]
             trained = train(recipe, device, folder=work, options=options, deadline=deadline, data=data)
-            data = trained.data
+            data = trained.data or data
             if trained.stopped:
                 raise FloatingPointError(trained.stopped)
             if trained.finished:
@@ -268,7 +275,8 @@ def _publish(trained: Trained, folder: Path) -> None:
         draft = Path(scratch) / folder.name
         data = trained.images()
         metrics = export(trained.checkpoint, draft, data=data, precision=None)
-        if problems := zoo.verify(draft, data.evaluation_batches("test")):
+        split = metrics[-1].split
+        if problems := zoo.verify(draft, data.evaluation_batches(split), split):
             raise zoo.CheckpointError("; ".join(problems))
         put_in_place(draft, folder, old=Path(scratch) / "old")
     measured = ", ".join(f"{metric.split} accuracy {metric.value:.4f}" for metric in metrics)
