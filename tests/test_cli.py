@@ -164,6 +164,14 @@ def test_control_c_ends_other_commands_without_a_stack_trace(run, monkeypatch):
     assert run("verify", main=command_line.main) == (130, "", "")
 
 
+@pytest.mark.parametrize("words", [("train-zoo", "--only", "digits_cnn6_conv"), ("table", "no_relu")], ids=" ".join)
+def test_control_c_says_how_to_go_on_with_the_zoo(run, monkeypatch, words):
+    monkeypatch.setattr("zoo.training.run", lambda *_: signal.raise_signal(signal.SIGINT))
+    status, printed, errors = run(*words, "--scale=tiny" if "table" in words else "--to=.", main=command_line.main)
+    assert (status, errors) == (130, "")
+    assert printed == "\nstopped; the same command goes on from the last whole epoch\n"
+
+
 def test_a_folder_with_another_run_is_left_alone(run):
     path = fit(run)
     before = path.read_bytes()
@@ -230,7 +238,8 @@ def test_fine_tuning_on_photographs_then_predicting_without_them(run, monkeypatc
     photos.rename("gone")
     status, printed, errors = run("predict", "--ckpt_path", path, "--data.predict=gone/train/cat/0.png")
     assert status == 0, errors
-    assert "cat" in printed and "dog" in printed
+    assert "cat" in printed and "dog" in printed and run.told().count("parameters") == 1
+    assert "cnn6 with tanh_cosine and 2 classes, 287," in run.told()
     status, _, errors = run("test", "--ckpt_path", path)
     assert status == 1 and f"no folder {photos.resolve()}/train" in errors
     status, _, errors = run("test", "--ckpt_path", path, "--data.root=gone")
@@ -261,7 +270,9 @@ def test_export_writes_a_folder_that_load_and_verify_take(run):
     for name, value in zoo.load(folder).network.state_dict().items():
         assert torch.equal(value, saved[f"model.network.{name}"])
     status, printed, errors = run("verify", folder, "--accuracy", main=command_line.main)
-    assert (status, printed) == (0, f"{folder}: ok\n"), errors
+    metric = config["metrics"][-1]
+    found = f"test accuracy {metric['value']:.4f} on {metric['images']:,} images, as recorded"
+    assert (status, printed) == (0, f"{folder}: ok, {found}\n"), errors
     status, _, errors = run(*export, main=command_line.main)
     assert status == 1 and "exists; choose another name or parent (--to), or replace it (--overwrite)" in errors
     assert run(*export, "--overwrite", main=command_line.main)[0] == 0
@@ -347,6 +358,10 @@ WRONG = {
     "size": (
         "fit --model.architecture vit_tiny_patch16_224 --model.operator conv",
         "for images of 224×224 pixels, can",
+    ),
+    "pretrained and operator": (
+        "fit --model.pretrained digits_cnn6_conv --model.operator ball_cosine",
+        "has an architecture and an operator already; leave out operator, or leave out pretrained",
     ),
     "pretrained": ("predict --model.pretrained digits_cnn6", "unknown checkpoint 'digits_cnn6'. Did you mean"),
     "devices": (

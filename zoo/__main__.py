@@ -1,6 +1,7 @@
 """List, verify, describe and export checkpoints, train them and the paper's tables, show one at work."""
 
 import argparse
+import contextlib
 import functools
 import os
 import re
@@ -17,15 +18,18 @@ import zoo
 from operators.lookup import unknown_name
 from zoo.cards import model_card
 from zoo.checkpoints import CARD, PRETRAINED, read_config, write_whole
-from zoo.cli import readable_errors
+from zoo.cli import interrupted, readable_errors
 from zoo.data import Digits
 from zoo.export import export, recorded_data
 from zoo.plots import plot_operators, plot_predictions
 from zoo.reports import write_reports
-from zoo.tables import RESULTS, list_tables, read_table, run_table
-from zoo.training import Device, train_zoo
+from zoo.tables import RESULTS, list_tables, read_table, result_path, run_table
+from zoo.training import LEAST_SECONDS, Device, train_zoo
 
-MINUTES = "begin no epoch that would not end in that time (but a first one, of unknown length); the next call goes on"
+MINUTES = (
+    "begin no epoch that would not end in that time (nobody knows the length of a first one, which is begun if "
+    f"{LEAST_SECONDS} s are left); the next call goes on"
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -58,6 +62,9 @@ def main() -> None:
     command.set_defaults(function=export_checkpoint)
 
     command = commands.add_parser("train-zoo", help="train, export and verify every recipe that has no checkpoint yet")
+    command.description = (
+        "Train, export and verify every recipe that has no checkpoint yet; exit status 1 if one fails."
+    )
     command.add_argument("--only", default="*", metavar="GLOB", help="only recipes with such a name")
     command.add_argument("--minutes", type=positive(float), default=float("inf"), help=MINUTES)
     command.add_argument("--epochs", type=positive(int), help="train so many, in place of each recipe's own number")
@@ -66,6 +73,7 @@ def main() -> None:
     command.set_defaults(function=train_all)
 
     command = commands.add_parser("table", help="train the cells of one of the paper's tables that have no result yet")
+    command.description = "Train the cells of a table that have no result yet; exit status 1 as long as some have none."
     command.add_argument("name", help=f"one of {', '.join(list_tables())}")
     command.add_argument("--scale", default="small", help="tiny, small or full (default: %(default)s)")
     command.add_argument("--minutes", type=positive(float), default=float("inf"), help=MINUTES)
@@ -88,7 +96,7 @@ def main() -> None:
     command.set_defaults(function=curves)
 
     for command in commands.choices.values():
-        command.set_defaults(legal=re.findall(r"--\w+", command.format_usage()))
+        command.set_defaults(legal=re.findall(r"--[\w-]+", command.format_usage()))
     with readable_errors():
         arguments, unknown = parser.parse_known_args()
         if unknown:
@@ -115,9 +123,17 @@ def verify(arguments: argparse.Namespace) -> None:
         # Images that are not there, or a damaged folder; the other checkpoints can be verified all the same.
         except (FileNotFoundError, zoo.CheckpointError) as error:
             problems = [str(error)]
-        print(f"{name}: {'ok' if not problems else '; '.join(problems)}")
+        print(f"{name}: {'; '.join(problems) or _found(name, arguments.accuracy)}")
         failed = failed or bool(problems)
     sys.exit(int(failed))
+
+
+def _found(name: str, accuracy: bool) -> str:
+    """Return what was found of a checkpoint that is what it claims to be."""
+    if not accuracy:
+        return "ok"
+    metric = read_config(zoo.find(name))["metrics"][-1]
+    return f"ok, {metric['split']} accuracy {metric['value']:.4f} on {metric['images']:,} images, as recorded"
 
 
 def _recorded_batches(name: str, root: str | None) -> tuple[Iterator[tuple[Tensor, Tensor]], str]:
@@ -154,7 +170,7 @@ def positive(kind: type[float]) -> Callable[[str], float]:
                 return value
         except ValueError:
             pass
-        raise argparse.ArgumentTypeError(f"must be a number above 0, got {text!r}")
+        raise argparse.ArgumentTypeError(f"must be a {'whole ' * (kind is int)}number above 0, got {text!r}")
 
     return read
 
@@ -172,14 +188,31 @@ def add_device(command: argparse.ArgumentParser) -> None:
 def train_all(arguments: argparse.Namespace) -> None:
     device = Device.choose(arguments.device, arguments.compile)
     settings = {"minutes": arguments.minutes, "epochs": arguments.epochs, "to": arguments.to}
-    sys.exit(int(not train_zoo(arguments.only, device=device, **settings)))
+    with telling_how_to_go_on():
+        all_well = train_zoo(arguments.only, device=device, **settings)
+    sys.exit(int(not all_well))
 
 
 def train_table(arguments: argparse.Namespace) -> None:
     table = read_table(arguments.name)
     device = Device.choose(arguments.device, arguments.compile)
-    complete = run_table(table, arguments.scale, device=device, minutes=arguments.minutes, results=arguments.results)
+    with telling_how_to_go_on():
+        complete = run_table(
+            table, arguments.scale, device=device, minutes=arguments.minutes, results=arguments.results
+        )
+    if complete:
+        print(f"every cell is trained: {os.path.relpath(result_path(table.name, arguments.scale, arguments.results))}")
     sys.exit(int(not complete))
+
+
+@contextlib.contextmanager
+def telling_how_to_go_on() -> Iterator[None]:
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit) as error:
+        if interrupted(error):
+            print("\nstopped; the same command goes on from the last whole epoch", flush=True)
+        raise
 
 
 def report(arguments: argparse.Namespace) -> None:

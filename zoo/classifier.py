@@ -37,11 +37,12 @@ class Classifier(L.LightningModule):
     ``pretrained``, the normalisation is the checkpoint's.
 
     Args:
-        architecture: one of ours (cnn6, cnn9, resnet20, ...) or any timm architecture.
-        operator: "conv" for the plain network, an operator such as "tanh_cosine", or a mapping of its settings with
-            "name", e.g. {name: tanh_cosine, radius_mode: learned}.
+        architecture: one of ours (cnn6, cnn9, resnet20, ...) or any timm architecture; cnn6 by default.
+        operator: "conv" for the plain network, an operator such as "tanh_cosine" (the default), or a mapping of its
+            settings with "name", e.g. {name: tanh_cosine, radius_mode: learned}.
         architecture_args: further arguments of the architecture, e.g. {batch_norm: false}.
-        pretrained: a checkpoint of the zoo to start from (name or folder); architecture and operator are then its own.
+        pretrained: a checkpoint of the zoo to start from (name or folder), in place of architecture, architecture_args
+            and operator.
         optimizer: "sgd" (with Nesterov momentum 0.9) or "adamw".
         learning_rate: the highest learning rate.
         weight_decay: of filters and fully connected weights; biases, normalisations and radii have none.
@@ -54,13 +55,13 @@ class Classifier(L.LightningModule):
         compile: train with torch.compile, which takes some seconds to a minute to begin with. Validation stays eager.
 
     Raises:
-        ValueError: an unknown name or a number outside its range.
+        ValueError: an unknown name, a number outside its range, or ``pretrained`` beside what it brings along.
     """
 
     def __init__(
         self,
-        architecture: str = "cnn6",
-        operator: str | dict[str, Any] = "tanh_cosine",
+        architecture: str | None = None,
+        operator: str | dict[str, Any] | None = None,
         architecture_args: dict[str, Any] | None = None,
         pretrained: str | None = None,
         optimizer: Literal["sgd", "adamw"] = "adamw",
@@ -82,6 +83,12 @@ class Classifier(L.LightningModule):
                 raise ValueError(f"{name} must not be negative, got {value}")
         if learning_rate <= 0:
             raise ValueError(f"learning_rate must be more than 0, got {learning_rate}")
+        own = {"architecture": architecture, "operator": operator, "architecture_args": architecture_args}
+        if pretrained and (ignored := [name for name, value in own.items() if value]):
+            raise ValueError(
+                f"pretrained {pretrained} has an architecture and an operator already; leave out "
+                f"{' and '.join(ignored)}, or leave out pretrained to train a new network"
+            )
         self.save_hyperparameters()
         self.model: ImageModel | None = None
         # What the command line of train.py replaces by its own.
@@ -93,7 +100,9 @@ class Classifier(L.LightningModule):
         data = self._data()
         if self.model is None:
             self._set_model(self._build(data, stage))
-            rank_zero_info(f"{_identity(self.model.spec)}, {sum(p.numel() for p in self.parameters()):,} parameters")
+            # What predicts from a Lightning checkpoint is built when that is read.
+            if stage != "predict" or self.hparams.pretrained:
+                self._announce()
         if stage != "predict":
             _check_data(self.model.spec, data)
         # Asked for at the start, for files may change while the network trains.
@@ -189,6 +198,11 @@ class Classifier(L.LightningModule):
             self.resumed_step = checkpoint["global_step"]
         # Built again, for the checkpoint's normalisation is part of its spec and not among its weights.
         self._set_model(spec.build())
+        if stage == "predict" and self._trainer:
+            self._announce()
+
+    def _announce(self) -> None:
+        rank_zero_info(f"{_identity(self.model.spec)}, {sum(p.numel() for p in self.parameters()):,} parameters")
 
     def _set_model(self, model: ImageModel) -> None:
         self.model = model.to(memory_format=torch.channels_last)
@@ -221,8 +235,8 @@ class Classifier(L.LightningModule):
                 model.reset_classifier(data.class_names)
             return model.train()
         return build(
-            settings.architecture,
-            settings.operator,
+            settings.architecture or "cnn6",
+            settings.operator or "tanh_cosine",
             class_names=data.class_names,
             in_chans=data.in_chans,
             input_size=data.input_size,

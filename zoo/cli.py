@@ -232,13 +232,15 @@ def readable_errors() -> Iterator[None]:
             raise
         print(f"error: {shortened(str(error))}", file=sys.stderr)
         sys.exit(1)
-    except KeyboardInterrupt:
-        sys.exit(INTERRUPTED)
-    except SystemExit as error:
-        # Lightning makes exit status 1 of Ctrl-C.
-        if isinstance(error.__context__, KeyboardInterrupt):
+    except (KeyboardInterrupt, SystemExit) as error:
+        if interrupted(error):
             sys.exit(INTERRUPTED)
         raise
+
+
+def interrupted(error: BaseException) -> bool:
+    """Say whether an exception comes from Ctrl-C, of which Lightning makes exit status 1."""
+    return isinstance(error, KeyboardInterrupt) or isinstance(error.__context__, KeyboardInterrupt)
 
 
 def shortened(message: str) -> str:

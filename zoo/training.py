@@ -215,18 +215,20 @@ def train_zoo(
 
     Raises:
         ValueError: no recipe has such a name.
+        OSError: ``to`` is no folder and cannot become one.
     """
+    to.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + 60 * minutes
     all_well, data = True, None
     for recipe in recipes(only):
         folder = to / recipe.stem
-        if deadline - time.monotonic() < LEAST_SECONDS:
-            print(f"{recipe.stem}: no time left")
-            continue
         try:
             wanted = epochs or yaml.safe_load(recipe.read_text(encoding="utf-8"))["trainer"]["max_epochs"]
             if (folder / CONFIG).is_file() and read_config(folder)["training"].get("epochs", 0) >= wanted:
                 print(f"{recipe.stem}: has its checkpoint")
+                continue
+            if deadline - time.monotonic() < LEAST_SECONDS:
+                print(f"{recipe.stem}: no time left")
                 continue
             work = WORK / recipe.stem / f"{wanted}_epochs"
             options = ["--trainer.max_epochs", str(wanted)]
@@ -270,7 +272,6 @@ def _publish(trained: Trained, folder: Path) -> None:
     Raises:
         CheckpointError: the export does not verify; what was there is left.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as scratch:
         draft = Path(scratch) / folder.name
         data = trained.images()
