@@ -117,6 +117,7 @@ def plot_table(
         axes.set(xlabel=label, title=title)
         axes.set_yticks(range(len(rows)), rows)
         axes.grid(axis="y", linewidth=0.3)
+        axes.set_axisbelow(True)
     axes.invert_yaxis()
     for index, column in enumerate(columns):
         axes.scatter([], [], color=f"C{index}", label=column)
