@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -154,6 +155,22 @@ def test_a_killed_training_loses_at_most_one_epoch(here):
     told = log.read_text().count(" of 400,")
     saved = read_lightning_checkpoint(here / "outputs/zoo/digits_cnn6_conv/400_epochs/last.ckpt")
     assert saved["epoch"] + 1 >= told - 1
+
+
+def test_a_checkpoint_that_is_not_written_whole_leaves_the_one_before(here, monkeypatch):
+    recipe, options = training.CONFIGS / "digits_cnn6_conv.yaml", ["--trainer.max_epochs", "2"]
+    with monkeypatch.context() as patched:
+        patched.setattr(StopInTime, "on_train_epoch_end", stop)
+        before = train(recipe, CPU, folder=here / "run", options=options).checkpoint.read_bytes()
+
+    def broken(self, path, *arguments, **settings):
+        Path(path).write_bytes(before[:1000])
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("lightning.Trainer.save_checkpoint", broken)
+    with pytest.raises(OSError, match="no space left"):
+        train(recipe, CPU, folder=here / "run", options=options)
+    assert (here / "run/last.ckpt").read_bytes() == before
 
 
 @pytest.mark.parametrize("why", ["no images", "not finite"])

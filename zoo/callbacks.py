@@ -73,7 +73,7 @@ class LastCheckpoint(Checkpoint):
             last = Path(self._folder(trainer)) / "last.ckpt"
             # Beside it, so that taking its place is one step: a kill leaves the old file or the new one.
             draft = last.with_name("last.ckpt.part")
-            trainer.save_checkpoint(draft, weights_only=False)
+            trainer.save_checkpoint(draft)
             if trainer.is_global_zero:
                 draft.replace(last)
 

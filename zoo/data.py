@@ -371,8 +371,8 @@ class TorchvisionData(ImageData):
         except Exception as error:
             raise FileNotFoundError(
                 f"no complete {self.title} under {os.path.abspath(self.root)} ({error}); name the folder that has it "
-                "(--data.root of train.py, --root of python -m zoo), let train.py download it (--data.download true), "
-                "or, if you have the images as files, use --data ImageFolder"
+                "(--data.root of train.py, --root of python -m zoo verify and export), let train.py download it "
+                "(--data.download true), or, if you have the images as files, use --data ImageFolder"
             ) from error
 
 

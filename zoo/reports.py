@@ -45,12 +45,12 @@ def write_reports() -> list[Path]:
 
 
 def report_blocks() -> dict[str, str]:
-    """Return the generated parts by name: "zoo", and each table with what its numbers are."""
+    """Return the generated parts by name: "zoo", and each table with what its numbers are and confirm."""
     blocks = {"zoo": zoo_table()}
     for name in list_tables():
         table = read_table(name)
         scale, results = shown_results(table)
-        blocks[name] = f"{table_markdown(table, results)}\n\n{provenance(table, scale, results)}"
+        blocks[name] = "\n\n".join([table_markdown(table, results), provenance(table, scale, results), table.verdict])
     return blocks
 
 

@@ -52,6 +52,7 @@ class Table:
         rows, columns: their names in order; each is a part of the recipe.
         paper: the paper's number of a (row, column); a string where it has none, as "N/C".
         paper_data: what the paper's numbers were measured on.
+        verdict: what the published results confirm of the paper's and what not, for a reader.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Table:
     columns: tuple[str, ...]
     paper: Mapping[tuple[str, str], float | str]
     paper_data: str | None
+    verdict: str
     definition: Mapping[str, Any]
 
     def cells(self, scale: str) -> list[Cell]:
@@ -106,6 +108,7 @@ def read_table(name: str) -> Table:
         tuple(columns),
         paper,
         definition.get("paper"),
+        definition["verdict"],
         definition,
     )
 
