@@ -73,7 +73,8 @@ class LastCheckpoint(Checkpoint):
             last = Path(self._folder(trainer)) / "last.ckpt"
             # Beside it, so that taking its place is one step: a kill leaves the old file or the new one.
             draft = last.with_name("last.ckpt.part")
-            trainer.save_checkpoint(draft)
+            # With the optimiser's state, which is the default, but Lightning tells at each epoch if it is not said.
+            trainer.save_checkpoint(draft, weights_only=False)
             if trainer.is_global_zero:
                 draft.replace(last)
 
