@@ -1,6 +1,7 @@
 """Decoupled convolutions ``h(‖w‖, ‖x‖) · g(θ)`` and the converter that puts them into a network. Needs only torch."""
 
 from operators.angular import ANGULARS
+from operators.calibration import CalibrationReport, DiagnosisReport, calibrate, diagnose
 from operators.conv import DecoupledConv2d, OperatorConfig
 from operators.convert import ConversionReport, convert_decoupled, revert
 from operators.fold import FoldReport, fold
@@ -12,12 +13,16 @@ __all__ = [
     "MAGNITUDES",
     "RADIUS_MODES",
     "WEIGHTINGS",
+    "CalibrationReport",
     "ConversionReport",
     "DecoupledConv2d",
+    "DiagnosisReport",
     "FoldReport",
     "OperatorConfig",
+    "calibrate",
     "convert_decoupled",
     "decoupled_conv2d",
+    "diagnose",
     "filter_norm",
     "fold",
     "patch_norm",

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from operators.angular import ANGULARS
-from operators.functional import decoupled_conv2d
+from operators.functional import decoupled_conv2d, patch_norm
 from operators.lookup import look_up, unknown_name
 from operators.magnitude import MAGNITUDES, RADIUS_MODES, WEIGHTINGS, Magnitude
 
@@ -97,9 +97,10 @@ class OperatorConfig:
         return f"{self.magnitude}_{self.angular}"
 
     def __str__(self) -> str:
-        """The name, and the settings that are not the default: ``tanh_cosine(radius=2.0)``."""
+        """The name, and the settings that are not the default, to four digits: ``tanh_cosine(radius=2.0)``."""
         defaults = OperatorConfig(self.magnitude, self.angular).to_dict()
-        settings = [f"{field}={value}" for field, value in self.to_dict().items() if value != defaults[field]]
+        changed = {field: value for field, value in self.to_dict().items() if value != defaults[field]}
+        settings = [f"{field}={float(f'{v:.4g}') if isinstance(v, float) else v}" for field, v in changed.items()]
         return self.name + (f"({', '.join(settings)})" if settings else "")
 
     def to_dict(self) -> dict[str, Any]:
@@ -147,6 +148,9 @@ class DecoupledConv2d(nn.Conv2d):
     magnitude: Magnitude
     angular: Callable[[Tensor], Tensor]
 
+    # The plain counterpart, which revert gives back.
+    plain = "torch.nn.modules.conv:Conv2d"
+
     def __init__(
         self,
         in_channels: int,
@@ -187,19 +191,31 @@ class DecoupledConv2d(nn.Conv2d):
         self.magnitude = magnitude.to(self.weight.device, self.weight.dtype).train(self.training)
 
     def forward(self, input: Tensor) -> Tensor:
-        return decoupled_conv2d(
-            input,
-            self.weight,
-            self.bias,
-            self.stride,
-            self.padding,
-            self.dilation,
-            self.groups,
-            magnitude=self.magnitude,
-            angular=self.angular,
-            eps=self.operator.eps,
-            padding_mode=self.padding_mode,
-        )
+        return self.respond(input, self.magnitude, self.angular, self.bias)
+
+    def respond(
+        self, input: Tensor, magnitude: Magnitude, angular: Callable[[Tensor], Tensor], bias: Tensor | None = None
+    ) -> Tensor:
+        """Return what this layer would answer with another operator and bias."""
+        geometry = self.stride, self.effective_padding, self.dilation, self.groups
+        settings = {"eps": self.operator.eps, "padding_mode": self.padding_mode}
+        filters = self.effective_weight()
+        return decoupled_conv2d(input, filters, bias, *geometry, magnitude=magnitude, angular=angular, **settings)
+
+    def patch_norm(self, input: Tensor) -> Tensor:
+        """Return the norm ``n`` of every patch and group, (N, groups, H', W')."""
+        geometry = self.stride, self.effective_padding, self.dilation, self.groups
+        settings = {"eps": self.operator.eps, "padding_mode": self.padding_mode}
+        return patch_norm(input, self.kernel_size, *geometry, **settings)
+
+    def effective_weight(self) -> Tensor:
+        """Return the filters as they are convolved with; ``weight`` itself, but for counterparts of timm's layers."""
+        return self.weight
+
+    @property
+    def effective_padding(self) -> int | tuple[int, int] | str:
+        """The padding as :func:`decoupled_conv2d` takes it; ``padding``, but for counterparts of timm's layers."""
+        return self.padding
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, operator={self.operator}"

@@ -5,6 +5,7 @@ name, ``training``, ``requires_grad``, device, dtype and memory format stay what
 """
 
 import dataclasses
+import pkgutil
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,16 +14,18 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from operators.conv import DecoupledConv2d, OperatorConfig
+from operators.timm_conv import COUNTERPARTS
 
 Filter = Callable[[nn.Module, str], bool]
 
-# Modules whose convolutions compute gates, not features, by class name: timm's and torchvision's.
+# What computes gates, not features, by class name or class name and attribute: timm's and torchvision's.
 GATES = frozenset(
     {
         "SqueezeExcite",
         "SqueezeExcitation",
         "SEModule",
         "EffectiveSEModule",
+        "BlockESE",
         "CecaModule",
         "EcaModule",
         "ChannelAttn",
@@ -33,8 +36,18 @@ GATES = frozenset(
         "GlobalContext",
         "SplitAttn",
         "SelectiveKernelAttn",
+        "CoordAttn",
+        "SimpleCoordAttn",
+        "EfficientLocalAttn",
+        "StripAttn",
+        "GhostModuleV2.short_conv",
     }
 )
+
+# Convolutions that are no subclass of torch's, so that the report names them, too.
+FOREIGN = frozenset({"CondConv2d", "DeformConv2d"})
+
+LEFT_OUT = "left out by filter_fn"
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -88,23 +101,32 @@ def convert_decoupled(
     operator: OperatorConfig | str | Mapping[str, Any],
     *,
     filter_fn: Filter | None = None,
+    strict: bool = False,
 ) -> tuple[nn.Module, ConversionReport]:
     """Turn the convolutions of ``model`` into decoupled ones, in place, and return ``model`` and the report.
 
     The parameters stay the same objects under the same names, so an optimiser and a state dict of the plain network
-    still fit; a learned radius and a running norm add keys of their own.
+    still fit; a learned radius and a running norm add keys of their own. timm's convolutions keep what they do beside:
+    weights are standardised first, and padding follows the size of the input.
+
+    A trained network keeps most of what it learned if the operator is weighted (``weighting="linear"``) and then
+    calibrated; see :func:`operators.calibrate`.
 
     Args:
         operator: a name such as ``"tanh_cosine"``, an :class:`OperatorConfig`, or a mapping of its fields.
         filter_fn: ``filter_fn(module, name)`` says whether a convolution is converted; one that is used under several
             names is converted if any of them is chosen. By default everything is, but gates (squeeze-excite and its
             kin) and a convolution that is the classifier.
+        strict: refuse a network of which some convolution would stay plain, unless ``filter_fn`` left it out.
 
     Raises:
-        ValueError: nothing to convert, a network converted before, or an unknown operator.
-        TypeError: a convolution that was chosen has hooks or a class whose ``forward`` we do not know (timm's are
-            skipped, and the report says so), or ``model`` is wrapped (DDP, FSDP, ``torch.compile``, TorchScript).
-            Nothing is changed then.
+        ValueError: nothing to convert, a network converted before, an unknown operator, or, if ``strict``,
+            convolutions that would stay plain.
+        TypeError: a convolution that was chosen has hooks, or ``model`` is quantised or wrapped (DDP, FSDP,
+            ``torch.compile``, TorchScript).
+
+        Nothing is changed then. A convolution whose ``forward`` we do not know is no error: it stays what it is, and
+        the report says so.
     """
     config = OperatorConfig.parse(operator)
     if not isinstance(model, nn.Module):
@@ -116,7 +138,7 @@ def convert_decoupled(
     for module, names in modules:
         reason = _reason_to_skip(model, module, names, filter_fn)
         if not reason:
-            _refuse_unknown(module, names[0])
+            _refuse_hooks(module, names[0])
         plan.append((module, LayerReport(names[0], type(module).__name__, not reason, reason, tuple(names[1:]))))
     report = ConversionReport(config, tuple(layer for _, layer in plan))
     if not report.converted:
@@ -125,15 +147,21 @@ def convert_decoupled(
             + (str(report) if report.layers else "it has no convolution")
             + "\nPass filter_fn=lambda module, name: ... to choose the convolutions yourself."
         )
+    if strict and (plain := [layer for layer in report.skipped if layer.reason != LEFT_OUT]):
+        raise ValueError(
+            f"strict: {len(plain)} of {len(report.layers)} convolutions would stay plain; choose those to convert by "
+            "filter_fn=lambda module, name: ..., or leave out strict:\n"
+            + "\n".join(f"  {layer.name or 'the model'} ({layer.kind}): {layer.reason}" for layer in plain)
+        )
     for module, layer in plan:
         if layer.converted:
-            module.__class__ = DecoupledConv2d
+            module.__class__ = COUNTERPARTS[_full_name(type(module))]
             module.set_operator(config)
     return model, report
 
 
 def revert(model: nn.Module) -> nn.Module:
-    """Turn every decoupled convolution of ``model`` back into ``nn.Conv2d``, in place, and return ``model``.
+    """Turn every decoupled convolution of ``model`` back into the plain one it was, in place, and return ``model``.
 
     Filters and biases stay; what the magnitudes had learned is dropped.
 
@@ -144,47 +172,56 @@ def revert(model: nn.Module) -> nn.Module:
     if not layers:
         raise ValueError(f"nothing to revert: {type(model).__name__} has no DecoupledConv2d")
     for layer in layers:
+        plain = pkgutil.resolve_name(layer.plain)
         del layer.magnitude, layer.operator, layer.angular
-        layer.__class__ = nn.Conv2d
+        layer.__class__ = plain
     return model
+
+
+def classifier_layers(root: nn.Module) -> list[nn.Module]:
+    """Return the modules of a network's classifier, of which some networks have two; none if it has no such notion."""
+    heads = root.get_classifier() if hasattr(root, "get_classifier") else ()
+    heads = heads if isinstance(heads, tuple | list) else [heads]
+    return [layer for head in heads if isinstance(head, nn.Module) for layer in head.modules()]
+
+
+def _full_name(kind: type) -> str:
+    return f"{kind.__module__}:{kind.__qualname__}"
 
 
 def _named_convolutions(model: nn.Module) -> list[tuple[nn.Module, list[str]]]:
     """Return every convolution once, with all its names, in the network's order."""
     found: dict[int, tuple[nn.Module, list[str]]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, _ConvNd):
+        if isinstance(module, _ConvNd) or type(module).__name__ in FOREIGN:
             found.setdefault(id(module), (module, []))[1].append(name)
     return list(found.values())
 
 
 def _reason_to_skip(root: nn.Module, module: nn.Module, names: list[str], filter_fn: Filter | None) -> str:
     """Return why ``module`` is left alone, or ``""``."""
-    if not isinstance(module, nn.Conv2d):
+    if filter_fn is not None and not any(filter_fn(module, name) for name in names):
+        return LEFT_OUT
+    if _full_name(type(module)) not in COUNTERPARTS:
+        if isinstance(module, nn.Conv2d) or type(module).__name__ in FOREIGN:
+            return "its forward is not known here; make it a plain nn.Conv2d to convert it"
         return "not a 2-d convolution"
-    if filter_fn is not None:
-        if not any(filter_fn(module, name) for name in names):
-            return "left out by filter_fn"
-    elif gate := _enclosing_gate(root, names[0]):
-        return f"part of a gate ({gate}), not a feature"
-    elif module is _classifier(root):
-        return "the classifier, not a feature"
-    if type(module).__module__.startswith("timm."):
-        return f"timm's {type(module).__name__} is not supported yet"
+    if filter_fn is None:
+        if gate := _enclosing_gate(root, names[0]):
+            return f"part of a gate ({gate}), not a feature"
+        if any(module is layer for layer in classifier_layers(root)):
+            return "the classifier, not a feature"
     return ""
 
 
 def _enclosing_gate(root: nn.Module, name: str) -> str | None:
     parts = name.split(".")
-    for end in range(len(parts)):
+    for end, part in enumerate(parts):
         kind = type(root.get_submodule(".".join(parts[:end]))).__name__
-        if kind in GATES:
-            return kind
+        for gate in (kind, f"{kind}.{part}"):
+            if gate in GATES:
+                return gate
     return None
-
-
-def _classifier(root: nn.Module) -> nn.Module | None:
-    return root.get_classifier() if hasattr(root, "get_classifier") else None
 
 
 def _refuse_wrappers(model: nn.Module) -> None:
@@ -197,12 +234,25 @@ def _refuse_wrappers(model: nn.Module) -> None:
         "FullyShardedDataParallel": "convert the network before sharding it",
         "OptimizedModule": "convert the network before torch.compile",
     }
-    for module in model.modules():
+    for name, module in model.named_modules():
         for kind, cure in wrappers.items():
             if isinstance(module, kind):
                 raise TypeError(f"{kind.__name__} is not converted: {cure}")
         if type(module).__name__ in by_name:
             raise TypeError(f"{type(module).__name__} is not converted: {by_name[type(module).__name__]}")
+        if module._compiled_call_impl is not None:
+            raise TypeError(f"{name or 'the model'} is compiled (.compile()): convert the network before that")
+        if _is_quantised(module):
+            raise TypeError(
+                f"{name or 'the model'} ({type(module).__name__}) is quantised: convert the network of floats, and "
+                "quantise it afterwards if you must"
+            )
+
+
+def _is_quantised(module: nn.Module) -> bool:
+    # torchao keeps the class of the layer and changes that of its weight.
+    kinds = [type(module), *(type(parameter.data) for parameter in module.parameters(recurse=False))]
+    return any(kind.__module__.startswith(("torch.ao.nn", "torchao")) for kind in kinds)
 
 
 def _refuse_second_conversion(modules: list[tuple[nn.Module, list[str]]]) -> None:
@@ -214,15 +264,9 @@ def _refuse_second_conversion(modules: list[tuple[nn.Module, list[str]]]) -> Non
             )
 
 
-def _refuse_unknown(module: nn.Module, name: str) -> None:
-    where = f"{name or 'the model'} ({type(module).__name__})"
-    if type(module) is not nn.Conv2d:
-        raise TypeError(
-            f"{where} is a subclass of Conv2d whose forward is not known here, so converting it could change what it "
-            "does; leave it out by filter_fn, or make it a plain nn.Conv2d first"
-        )
+def _refuse_hooks(module: nn.Module, name: str) -> None:
     if any(getattr(module, hooks) for hooks in _HOOKS):
         raise TypeError(
-            f"{where} has hooks, which were written for the plain convolution; remove them, convert, and register "
-            "them again, or leave the layer out by filter_fn"
+            f"{name or 'the model'} ({type(module).__name__}) has hooks, which were written for the plain convolution; "
+            "remove them, convert, and register them again, or leave the layer out by filter_fn"
         )

@@ -87,8 +87,8 @@ def fold(model: nn.Module, example: Tensor | None = None) -> tuple[nn.Module, Fo
 
     Filters are normalised once. A BatchNorm whose only input is a decoupled convolution becomes part of it: its factor
     of each channel goes into the filter where the angular function is ``cosine`` and into the answer's factor
-    elsewhere, its shift into the bias. A ``linear_cosine`` convolution becomes an ``nn.Conv2d``. The answers stay what
-    they were, to rounding; ``model`` is not changed.
+    elsewhere, its shift into the bias. A ``linear_cosine`` convolution becomes an ``nn.Conv2d`` (where its padding is
+    one that ``nn.Conv2d`` has). The answers stay what they were, to rounding; ``model`` is not changed.
 
     Which BatchNorm follows is read from a trace by ``torch.fx``; where a network cannot be traced as a whole, its parts
     are, on the assumption that they are called as a whole. What cannot be folded stays as it is, and the report says
@@ -150,7 +150,7 @@ def _check(original: nn.Module, folded: nn.Module, example: Tensor) -> None:
 def _fold_layer(layer: DecoupledConv2d, norm: nn.BatchNorm2d | None) -> None:
     magnitude, angular, eps = layer.magnitude, layer.angular, layer.operator.eps
     # In float64, so that what is rounded is rounded once.
-    weight = layer.weight.double()
+    weight = layer.effective_weight().double()
     factor = filter_factor(weight, magnitude, angular, eps)
     weight = weight * filter_multiplier(magnitude, angular, eps)(weight.square().sum((1, 2, 3), keepdim=True))
     bias = None if layer.bias is None else layer.bias.double()
@@ -168,7 +168,11 @@ def _fold_layer(layer: DecoupledConv2d, norm: nn.BatchNorm2d | None) -> None:
     dtype = layer.weight.dtype
     layer.weight = nn.Parameter(torch.empty_like(layer.weight).copy_(weight), requires_grad=False)
     layer.bias = None if bias is None else nn.Parameter(bias.to(dtype), requires_grad=False)
-    if angular is cosine and magnitude.constant_gain is not None:
+    layer.padding = layer.effective_padding
+    # What timm's layers make their filters of.
+    for name in [name for name, _ in layer.named_parameters(recurse=False) if name not in ("weight", "bias")]:
+        delattr(layer, name)
+    if angular is cosine and magnitude.constant_gain is not None and layer.padding != "dynamic_same":
         del layer.magnitude, layer.operator, layer.angular
         layer.__class__ = nn.Conv2d
         return

@@ -45,7 +45,8 @@ def decoupled_conv2d(
 ) -> Tensor:
     """Return ``h(‖w‖, ‖x‖) · g(θ) + bias`` for every patch ``x`` and filter ``w``.
 
-    The positional arguments are those of :func:`torch.nn.functional.conv2d`.
+    The positional arguments are those of :func:`torch.nn.functional.conv2d`; ``padding`` may also be
+    ``"dynamic_same"``, TensorFlow's SAME: what makes ``H' = ⌈H / stride⌉``, an odd row or column coming last.
 
     Args:
         magnitude: ``h``, see ``operators.magnitude``.
@@ -214,8 +215,14 @@ def pad(
         if stride != (1, 1):
             raise ValueError(f"padding='same' needs stride 1, got stride={stride}; give the padding as integers")
         (top, bottom), (left, right) = [(reach // 2, reach - reach // 2) for reach in reaches]
+    elif padding == "dynamic_same":
+        sizes = zip(images.shape[-2:], stride, reaches, strict=True)
+        totals = [max((-(-size // step) - 1) * step + reach + 1 - size, 0) for size, step, reach in sizes]
+        (top, bottom), (left, right) = [(total // 2, total - total // 2) for total in totals]
     elif isinstance(padding, str) and padding != "valid":
-        raise ValueError(f"unknown padding {padding!r}: choose 'same', 'valid', an integer or a pair of integers")
+        raise ValueError(
+            f"unknown padding {padding!r}: choose 'same', 'dynamic_same', 'valid', an integer or a pair of integers"
+        )
     else:
         top, left = bottom, right = (0, 0) if padding == "valid" else _pair(padding)
     if min(top, left) < 0:

@@ -64,6 +64,7 @@ class Magnitude(nn.Module):
     bounded = False
     smooth = True
     uses_radius = False
+    uses_beta = False
 
     def __init__(
         self,
@@ -166,6 +167,7 @@ class Seg(Magnitude):
 
     smooth = False
     uses_radius = True
+    uses_beta = True
 
     def gain(self, n: Tensor, radius: Tensor | float) -> Tensor:
         return self.beta + (self.alpha - self.beta) * radius / _at_least(n, radius)
@@ -180,6 +182,8 @@ class Log(Magnitude):
 
 class Mix(Magnitude):
     """``h(n) = α n + β log(1 + n)`` (MixConv in the paper)."""
+
+    uses_beta = True
 
     def gain(self, n: Tensor, radius: Tensor | float) -> Tensor:
         return self.alpha + self.beta * torch.log1p(n) / n

@@ -44,6 +44,11 @@ class RunningNorm(nn.Module):
             self._step(mean.detach())
         return mean
 
+    def restart(self, mean: Tensor) -> None:
+        """Forget what was averaged, and take ``mean`` as if it were the first step's."""
+        self.average.copy_(mean)
+        self.steps.fill_(1)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "RunningNorm":
         super()._apply(fn, recurse)
         # A step changes the average by a thousandth of the difference, which half precision would round away.

@@ -185,29 +185,40 @@ def last_checkpoint(folder):
     return LastCheckpoint(), L.pytorch.callbacks.ModelCheckpoint(folder, filename="best", monitor="val_accuracy")
 
 
+class StopAfter(L.Callback):
+    def __init__(self, epochs):
+        self.epochs = epochs
+
+    def on_train_epoch_end(self, trainer, module):
+        trainer.should_stop = trainer.current_epoch + 1 >= self.epochs
+
+
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists")  # resuming is what it is for
-def test_resuming_gives_what_going_on_would_have_given(tmp_path):
-    """Stopping after one epoch of two and resuming is training for two: the order depends on seed and epoch alone."""
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"operator": LEARNED},
+        {"init_from": "digits_cnn6_tanh_cosine", "freeze_epochs": 2, "backbone_learning_rate": 1e-4},
+    ],
+    ids=["learned", "frozen"],
+)
+def test_resuming_gives_what_going_on_would_have_given(tmp_path, settings):
+    """Stopping after some epochs of four and resuming is training for four, while frozen and afterwards."""
 
     def train(folder, stop_after, ckpt_path=None):
         L.seed_everything(0, verbose=False)
-        classifier = Classifier(operator=LEARNED)
-        trainer = make_trainer(tmp_path, *last_checkpoint(folder), Stop(stop_after), max_epochs=2)
+        classifier = Classifier(**settings)
+        trainer = make_trainer(tmp_path, *last_checkpoint(folder), StopAfter(stop_after), max_epochs=4)
         trainer.fit(classifier, datamodule=Digits(augment="none"), ckpt_path=ckpt_path, weights_only=True)
         return classifier
 
-    class Stop(L.Callback):
-        def __init__(self, epochs):
-            self.epochs = epochs
-
-        def on_train_epoch_end(self, trainer, module):
-            trainer.should_stop = trainer.current_epoch + 1 >= self.epochs
-
-    whole = train(tmp_path / "whole", 2)
-    train(tmp_path / "half", 1)
-    resumed = train(tmp_path / "half", 2, tmp_path / "half/last.ckpt")
-    for (name, one), other in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
-        assert torch.equal(one, other), name
+    whole = train(tmp_path / "whole", 4)
+    for stop in (1, 2, 3):
+        folder = tmp_path / f"{stop}"
+        train(folder, stop)
+        resumed = train(folder, 4, folder / "last.ckpt")
+        for (name, one), other in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
+            assert torch.equal(one, other), (stop, name)
 
 
 def test_the_last_checkpoint_is_the_last_epoch_and_loads_alone(tmp_path):
@@ -257,7 +268,7 @@ def test_fine_tuning_starts_from_the_checkpoint(tmp_path):
     source = zoo.build("cnn6", "ball_cosine", in_chans=3, num_classes=4, mean=[0.1] * 3, std=[2.0] * 3)
     zoo.save(source, tmp_path / "photos_cnn6_ball_cosine")
     with pytest.warns(UserWarning, match="now takes 1 channels"):
-        classifier = fit(tmp_path, pretrained=str(tmp_path / "photos_cnn6_ball_cosine"), learning_rate=1e-9)
+        classifier = fit(tmp_path, init_from=str(tmp_path / "photos_cnn6_ball_cosine"), learning_rate=1e-9)
     spec = classifier.model.spec
     assert (spec.operator.name, spec.in_chans, len(spec.class_names)) == ("ball_cosine", 1, 10)
     assert spec.std == pytest.approx((2 / 3**0.5,)), "the checkpoint's, for one channel instead of three"
@@ -267,19 +278,19 @@ def test_fine_tuning_starts_from_the_checkpoint(tmp_path):
 
 def test_fine_tuning_at_another_size_keeps_that_size(tmp_path):
     zoo.save(zoo.build("cnn6", in_chans=1, input_size=32), tmp_path / "large_cnn6_conv")
-    assert fit(tmp_path, pretrained=str(tmp_path / "large_cnn6_conv")).model.transform.input_size == 8
+    assert fit(tmp_path, init_from=str(tmp_path / "large_cnn6_conv")).model.transform.input_size == 8
 
 
 def test_fine_tuning_at_a_size_that_the_network_cannot_take_is_refused(tmp_path):
     zoo.save(zoo.build("cnn9", in_chans=1), tmp_path / "large_cnn9_conv")
     with pytest.raises(ValueError, match="cnn9, made for images of 32×32 pixels, cannot take 8×8"):
-        fit(tmp_path, pretrained=str(tmp_path / "large_cnn9_conv"))
+        fit(tmp_path, init_from=str(tmp_path / "large_cnn9_conv"))
 
 
 @pytest.mark.parametrize("change", [{"num_classes": 4}, {"in_chans": 3}, {"input_size": 32}], ids=str)
 def test_measuring_a_network_on_other_data_than_its_own_is_refused(tmp_path, change):
     zoo.save(zoo.build("cnn6", **{"in_chans": 1, "input_size": 8} | change), tmp_path / "other_cnn6_conv")
-    classifier = Classifier(pretrained=str(tmp_path / "other_cnn6_conv"))
+    classifier = Classifier(init_from=str(tmp_path / "other_cnn6_conv"))
     with pytest.raises(ValueError, match=r"the network has \w+ .*, but Digits has .*; choose the data"):
         make_trainer(tmp_path).test(classifier, datamodule=Digits())
 
@@ -318,3 +329,104 @@ def test_a_dry_run_saves_nothing(tmp_path):
     trainer = make_trainer(tmp_path, *last_checkpoint(tmp_path), fast_dev_run=True)
     trainer.fit(Classifier(), datamodule=Digits())
     assert not list(tmp_path.rglob("*.ckpt"))
+
+
+def parameters_of(classifier, part):
+    head = {id(parameter) for parameter in classifier.model.network.get_classifier().parameters()}
+    return {
+        name: value.detach().clone()
+        for name, value in classifier.model.state_dict(keep_vars=True).items()
+        if (id(value) in head) == (part == "head")
+    }
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_a_frozen_backbone_stays_to_the_bit_and_then_trains(tmp_path, optimizer):
+    snapshots = []
+
+    class Spy(L.Callback):
+        def on_train_epoch_end(self, trainer, module):
+            snapshots.append((parameters_of(module, "backbone"), parameters_of(module, "head")))
+
+    L.seed_everything(0, verbose=False)
+    classifier = Classifier(init_from="digits_cnn6_tanh_cosine", optimizer=optimizer, freeze_epochs=2)
+    start = zoo.load("digits_cnn6_tanh_cosine")
+    make_trainer(tmp_path, Spy(), max_epochs=3).fit(classifier, datamodule=Digits())
+    before = {f"network.{name}": value for name, value in start.network.state_dict().items()}
+    for backbone, _ in snapshots[:2]:
+        assert all(torch.equal(before[name], value) for name, value in backbone.items())
+    assert all(not torch.equal(before[name], value) for name, value in snapshots[0][1].items())
+    changed = [name for name, value in snapshots[2][0].items() if not torch.equal(before[name], value)]
+    assert set(changed) == set(snapshots[2][0]), "filters and BatchNorm's statistics"
+
+
+def test_frozen_gradients_are_dropped_also_where_they_have_been_computed(tmp_path):
+    class AskForAll(L.Callback):
+        """Compute every gradient, as several processes do."""
+
+        def on_train_batch_start(self, trainer, module, *_):
+            module.requires_grad_(True)
+
+    classifier = fit(tmp_path, AskForAll(), init_from="digits_cnn6_tanh_cosine", freeze_epochs=1)
+    before = zoo.load("digits_cnn6_tanh_cosine").network.state_dict()
+    for name, value in classifier.model.network.state_dict().items():
+        assert torch.equal(before[name], value) == (not name.startswith("fc.")), name
+    assert all(parameter.requires_grad for parameter in classifier.parameters())
+
+
+def test_the_backbone_has_a_learning_rate_of_its_own(tmp_path):
+    classifier = fit(tmp_path, learning_rate=0.1, backbone_learning_rate=0.01, weight_decay=0.3, schedule="constant")
+    names = {id(parameter): name for name, parameter in classifier.model.named_parameters()}
+    groups = {
+        (group["lr"], group["weight_decay"]): {names[id(parameter)] for parameter in group["params"]}
+        for group in classifier.trainer.optimizers[0].param_groups
+    }
+    assert groups[0.1, 0.3] == {"network.fc.weight"} and groups[0.1, 0.0] == {"network.fc.bias"}
+    assert groups[0.01, 0.3] == {name for name, value in classifier.model.named_parameters() if value.ndim == 4}
+    assert sum(map(len, groups.values())) == len(names) and len(groups) == 4
+
+
+def test_mixup_mixes_images_and_labels_alike(tmp_path):
+    classifier = fit(tmp_path, mixup=0.5)
+    images = torch.eye(10).view(10, 1, 1, 10).expand(10, 1, 8, 10).contiguous()[..., :8]
+    labels = torch.arange(10)
+    mixed, shares = classifier.mix(images, labels)
+    torch.testing.assert_close(shares.sum(1), torch.ones(10))
+    torch.testing.assert_close(mixed[:, 0, 0], shares[:, :8])
+    assert ((shares > 0).sum(1) == 2).all()
+    assert fit(tmp_path / "none").mix is None
+
+
+def test_a_plain_checkpoint_is_converted_and_calibrated_before_training(tmp_path):
+    settings = {"init_from": "digits_cnn6_conv", "operator": "ball_cosine", "learning_rate": 1e-9}
+    converted = fit(tmp_path, **settings, freeze_epochs=1).model
+    assert converted.spec.operator.weighting == "linear" and not converted.describe().layer_settings
+    calibrated = fit(tmp_path, **settings, freeze_epochs=1, calibrate=0.9).model
+    accuracies = [zoo.accuracy(model, Digits().evaluation_batches("test"))[0] for model in (converted, calibrated)]
+    assert accuracies[0] < 0.5 and accuracies[1] > 0.95
+    settings["operator"] = {"name": "ball_cosine", "weighting": "tanh"}
+    assert fit(tmp_path, **settings).model.spec.operator.weighting == "tanh"
+    plain = fit(tmp_path, init_from="digits_cnn6_conv").model
+    assert plain.spec.operator is None and not decoupled(plain)
+
+
+def test_a_calibrated_network_goes_on_and_loads_with_its_calibration(tmp_path):
+    settings = {"init_from": "digits_cnn6_conv", "operator": "seg_cosine", "calibrate": 0.9}
+    model = fit(tmp_path, *last_checkpoint(tmp_path), **settings).model.eval()
+    loaded = Classifier.load_from_checkpoint(tmp_path / "last.ckpt", weights_only=True).eval()
+    images = torch.rand(4, 1, 8, 8)
+    assert torch.equal(loaded.model(images), model(images))
+    assert len(loaded.model.spec.layer_settings) == 6
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"freeze_epochs": -1}, "freeze_epochs must not be negative, got -1"),
+        ({"mixup": -0.1}, "mixup must not be negative, got -0.1"),
+        ({"backbone_learning_rate": 0.0}, "backbone_learning_rate must be more than 0, got 0"),
+    ],
+)
+def test_wrong_settings_of_fine_tuning_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        Classifier(**settings)

@@ -202,7 +202,7 @@ def test_predict_names_the_classes_of_image_files(run):
     for index in range(10):
         Image.fromarray((digits.images[index] * 15.9).astype("uint8")).convert("RGB").save(folder / f"{index}.png")
     status, printed, errors = run(
-        "predict", "--model.pretrained=digits_cnn6_tanh_cosine", "--data.predict=digits",
+        "predict", "--model.init_from=digits_cnn6_tanh_cosine", "--data.predict=digits",
         "--predictions.output=out/guesses.csv", "--predictions.rows=3",
     )  # fmt: skip
     assert status == 0, errors
@@ -221,7 +221,7 @@ def test_predict_goes_on_without_unreadable_files_and_names_each(run):
     for name in ("cat/broken.jpg", "dog/broken.png"):
         Path("photos/train", name).write_text("no image")
     words = ["--data.predict=photos", "--predictions.output=guesses.csv"]
-    status, printed, errors = run("predict", "--model.pretrained=digits_cnn6_conv", *words)
+    status, printed, errors = run("predict", "--model.init_from=digits_cnn6_conv", *words)
     assert status == 1 and "20 of 20 images" in printed and len(Path("guesses.csv").read_text().splitlines()) == 21
     assert errors.endswith(
         "error: 2 of 22 images cannot be read; remove or replace them:\n"
@@ -330,7 +330,7 @@ def test_the_demo_refuses_a_checkpoint_of_other_images_than_digits(run, monkeypa
     monkeypatch.setattr("zoo.data.load_digits", lambda: pytest.fail("the digits are read"))
     zoo.save(zoo.build("cnn6", **{"in_chans": 1, "input_size": 8, **other}), "photos_cnn6_conv")
     status, _, errors = run("demo", "photos_cnn6_conv", main=command_line.main)
-    assert status == 1 and "predict --model.pretrained photos_cnn6_conv --data.predict FOLDER" in errors
+    assert status == 1 and "predict --model.init_from photos_cnn6_conv --data.predict FOLDER" in errors
 
 
 WRONG = {
@@ -359,16 +359,30 @@ WRONG = {
         "fit --model.architecture vit_tiny_patch16_224 --model.operator conv",
         "for images of 224×224 pixels, can",
     ),
-    "pretrained and operator": (
-        "fit --model.pretrained digits_cnn6_conv --model.operator ball_cosine",
-        "has an architecture and an operator already; leave out operator, or leave out pretrained",
+    "init_from and architecture": (
+        "fit --model.init_from digits_cnn6_conv --model.architecture cnn9",
+        "has an architecture already; leave out architecture, or leave out init_from",
     ),
-    "pretrained": ("predict --model.pretrained digits_cnn6", "unknown checkpoint 'digits_cnn6'. Did you mean"),
+    "init_from and operator": (
+        "fit --model.init_from digits_cnn6_tanh_cosine --model.operator ball_cosine",
+        "tanh_cosine already: leave out the operator, or start from its plain twin",
+    ),
+    "calibrate nothing": ("fit --model.calibrate 0.99", "calibrate fits a trained network"),
+    "calibrate a plain network": (
+        "fit --model.init_from digits_cnn6_conv --model.calibrate 0.99",
+        "nothing to calibrate",
+    ),
+    "quantile": ("fit --model.init_from digits_cnn6_conv --model.calibrate 2", "calibrate is a quantile in (0, 1]"),
+    "classes": (
+        "fit --model.architecture_args.num_classes 5",
+        "num_classes=5, but there are 10 class names",
+    ),
+    "init_from": ("predict --model.init_from digits_cnn6", "unknown checkpoint 'digits_cnn6'. Did you mean"),
     "devices": (
-        "predict --model.pretrained digits_cnn6_conv --trainer.devices 2 --trainer.strategy ddp_spawn",
+        "predict --model.init_from digits_cnn6_conv --trainer.devices 2 --trainer.strategy ddp_spawn",
         "one device",
     ),
-    "image": ("predict --model.pretrained digits_cnn6_conv --data.predict nowhere.png", "nowhere.png"),
+    "image": ("predict --model.init_from digits_cnn6_conv --data.predict nowhere.png", "nowhere.png"),
 }
 
 
@@ -388,7 +402,7 @@ def test_a_folder_or_file_of_the_other_kind_is_told(run):
     shutil.copytree(PRETRAINED / "digits_cnn6_conv", "mine")
     status, _, errors = run("test", "--ckpt_path", "mine")
     assert status == 1 and "it is a checkpoint of the zoo: leave out --ckpt_path and start from it with" in errors
-    status, _, errors = run("predict", "--model.pretrained", path)
+    status, _, errors = run("predict", "--model.init_from", path)
     assert status == 1 and "last.ckpt is a file, but a checkpoint is a folder; python -m zoo export makes" in errors
 
 
@@ -402,11 +416,12 @@ def test_corrupt_and_missing_images_are_named(run):
     make_photos(Path("photos"), splits=("train", "val"))
     words = ["fit", *SHORT, "--data=ImageFolder", "--data.root=photos", "--data.input_size=8"]
     Path("photos/train/dog/2.png").write_bytes(b"not an image")
-    status, _, errors = run(*words)
-    assert (
-        status == 1
-        and "1 of 8 images cannot be read; remove or replace them:\n  photos/train/dog/2.png: no image" in errors
-    )
+    status, _, errors = run(*words, "--data.max_unreadable=0")
+    assert status == 1 and "1 of 8 images cannot be read; remove or replace them, or let more than 0" in errors
+    assert "\n  photos/train/dog/2.png: no image of a known kind" in errors and "--data.max_unreadable" in errors
+    with pytest.warns(UserWarning, match=r"1 of 8 images cannot be read and are left out:\n  photos/train/dog/2.png"):
+        status, _, errors = run(*words)
+    assert status == 0, errors
     for path in Path("photos/train/dog").iterdir():
         path.unlink()
     status, _, errors = run(*words)

@@ -5,10 +5,12 @@ import copy
 import pytest
 import timm
 import torch
+from timm.layers import CondConv2d
 from torch import nn
 
 from operators import ANGULARS, MAGNITUDES, DecoupledConv2d, OperatorConfig, convert_decoupled, revert
 
+QCONFIG = torch.ao.quantization.default_qat_qconfig
 IDENTITY = OperatorConfig("linear", "cosine", weighting="linear")
 
 
@@ -121,17 +123,18 @@ def test_gates_other_dimensions_and_the_classifier_are_left_alone_by_default():
     _, report = convert_decoupled(mixed, "tanh_cosine")
     assert [layer.reason for layer in report.skipped] == ["not a 2-d convolution"] * 2
 
+    ghost = timm.create_model("ghostnetv2_100")
+    _, report = convert_decoupled(ghost, "tanh_cosine")
+    assert {layer.name.split(".")[-2] for layer in report.skipped} == {"se", "short_conv"}
+
     network = nn.Sequential(nn.Conv2d(1, 2, 1), nn.Conv2d(2, 5, 1))
     network.get_classifier = lambda: network[1]
     _, report = convert_decoupled(network, "tanh_cosine")
     assert [layer.name for layer in report.skipped] == ["1"]
-
-
-def test_timm_convolutions_of_their_own_are_reported():
-    model = timm.create_model("tf_efficientnet_b0")
-    _, report = convert_decoupled(model, "tanh_cosine")
-    same = [layer for layer in report.layers if layer.kind == "Conv2dSame"]
-    assert same and all("not supported yet" in layer.reason for layer in same)
+    network = nn.Sequential(nn.Conv2d(1, 2, 1), nn.Conv2d(2, 5, 1), nn.Conv2d(2, 5, 1))
+    network.get_classifier = lambda: (network[1], network[2])
+    _, report = convert_decoupled(network, "tanh_cosine")
+    assert [layer.name for layer in report.skipped] == ["1", "2"]
 
 
 class ShiftedConv2d(nn.Conv2d):
@@ -139,13 +142,27 @@ class ShiftedConv2d(nn.Conv2d):
         return super().forward(input) + 1
 
 
-def test_an_unknown_subclass_is_refused_and_nothing_is_changed():
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), ShiftedConv2d(4, 4, 3))
-    with pytest.raises(TypeError, match=r"1 \(ShiftedConv2d\).*forward is not known.*filter_fn"):
-        convert_decoupled(model, "tanh_cosine")
+def test_a_convolution_that_is_not_known_stays_and_is_reported():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), ShiftedConv2d(4, 4, 3), CondConv2d(4, 4, 3))
+    _, report = convert_decoupled(model, "tanh_cosine")
+    assert [layer.kind for layer in report.skipped] == ["ShiftedConv2d", "CondConv2d"]
+    assert all("forward is not known here" in layer.reason for layer in report.skipped)
+    assert type(model[1]) is ShiftedConv2d and isinstance(model[0], DecoupledConv2d)
+    parametrized = nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 4, 3))
+    with pytest.raises(ValueError, match="nothing to convert[\\s\\S]*ParametrizedConv2d  skipped: its forward"):
+        convert_decoupled(parametrized, "tanh_cosine")
+
+
+def test_strict_refuses_what_would_stay_plain_but_for_what_the_filter_leaves_out():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), ShiftedConv2d(4, 4, 3), nn.Conv1d(4, 4, 1))
+    with pytest.raises(ValueError, match=r"strict: 2 of 3[\s\S]*1 \(ShiftedConv2d\)[\s\S]*2 \(Conv1d\): not a 2-d"):
+        convert_decoupled(model, "tanh_cosine", strict=True)
     assert type(model[0]) is nn.Conv2d
-    _, report = convert_decoupled(model, "tanh_cosine", filter_fn=lambda module, name: name == "0")
-    assert [layer.converted for layer in report.layers] == [True, False]
+    with pytest.raises(ValueError, match="gate"):
+        convert_decoupled(timm.create_model("mobilenetv3_small_050"), "tanh_cosine", strict=True)
+    _, report = convert_decoupled(model, "tanh_cosine", filter_fn=lambda module, name: name == "0", strict=True)
+    assert [layer.converted for layer in report.layers] == [True, False, False]
+    convert_decoupled(small_network(), "tanh_cosine", strict=True)
 
 
 @pytest.mark.parametrize(
@@ -178,14 +195,19 @@ def test_a_failing_filter_changes_nothing():
     assert type(model[0]) is nn.Conv2d
 
 
+@pytest.mark.filterwarnings("ignore:.*quantized tensor creation functions")
 def test_wrappers_are_refused_with_the_fix():
     with pytest.raises(TypeError, match="DataParallel is not converted: convert model.module"):
         convert_decoupled(nn.DataParallel(small_network()), "tanh_cosine")
     with pytest.raises(TypeError, match="OptimizedModule is not converted: .*before torch.compile"):
         convert_decoupled(torch.compile(small_network()), "tanh_cosine")
-    parametrized = nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 4, 3))
-    with pytest.raises(TypeError, match="ParametrizedConv2d"):
-        convert_decoupled(parametrized, "tanh_cosine")
+    compiled = small_network()
+    compiled[2].compile()
+    with pytest.raises(TypeError, match="2 is compiled .*convert the network before"):
+        convert_decoupled(compiled, "tanh_cosine")
+    for quantised in (torch.ao.nn.quantized.Conv2d(3, 4, 3), torch.ao.nn.qat.Conv2d(3, 4, 3, qconfig=QCONFIG)):
+        with pytest.raises(TypeError, match="1 .* is quantised: convert the network of floats"):
+            convert_decoupled(nn.Sequential(nn.Conv2d(3, 3, 3), quantised), "tanh_cosine")
 
 
 def test_nothing_to_convert_is_an_error():

@@ -12,13 +12,15 @@ import numpy
 import pytest
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.demos.boring_classes import DemoModel
 from PIL import Image
 from sklearn.datasets import load_digits
 from torch.utils.data import DataLoader
 from torchvision import datasets
 
 import zoo.data
-from zoo.augmentation import augment_batch, random_cutout, random_flip, random_shift
+from zoo.augmentation import augment_batch, random_cutout, random_flip, random_resized_crop, random_shift
 from zoo.data import build_data
 from zoo.transforms import ImageTransform
 
@@ -211,8 +213,10 @@ def test_images_on_disk_are_the_images_in_memory(tmp_path):
         assert [data.split(split).in_memory for split in SPLITS] == in_memory
 
 
-@pytest.mark.parametrize(("limit", "workers", "decoded"), [(2048, 0, 1), (0, 2, 3)])
-def test_images_in_memory_are_decoded_once(limit, workers, decoded, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("limit", "workers", "decoded"), [(2048, 0, 1), (0, 2, 4)])
+def test_images_in_memory_are_decoded_once_and_others_once_more_than_used(
+    limit, workers, decoded, tmp_path, monkeypatch
+):
     write_images(tmp_path, {"train/a": 4, "train/b": 4})
     decode, calls = zoo.data.decode, []
     monkeypatch.setattr(zoo.data, "decode", lambda file, transform: calls.append(file) or decode(file, transform))
@@ -254,24 +258,76 @@ def test_a_class_with_one_image_needs_a_validation_folder(tmp_path):
     assert len(image_folder(tmp_path).split("train")) == 4
 
 
-def test_unreadable_images_are_counted_and_named(tmp_path):
-    write_images(tmp_path, {"train/a": 12, "train/b": 12, "val/a": 1, "val/b": 1}, (64, 64), form="jpg")
-    cut, *others = sorted((tmp_path / "train/b").iterdir())
-    cut.write_bytes(cut.read_bytes()[:-400])
-    others[0].write_bytes(b"no image at all")
+@pytest.mark.parametrize("limit", [2048, 0])
+def test_a_few_unreadable_images_are_left_out_and_named(limit, tmp_path):
+    images = write_images(tmp_path, {"train/a": 3, "train/b": 3, "val/a": 1, "val/b": 1}, (64, 64))
+    broken = [tmp_path / f"train/{name}.png" for name in ("a/1", "b/0", "b/2")]
+    broken[0].write_bytes(broken[0].read_bytes()[:-400])
+    broken[1].write_bytes(b"no image at all")
+    broken[2].write_bytes(b"")
+    data = image_folder(tmp_path, input_size=64, memory_limit_mb=limit, max_unreadable=3)
+    unknown = "no image of a known kind"
     message = (
-        f"2 of 24 images cannot be read; remove or replace them:\n  {cut}: .*truncated.*\n  {others[0]}: no image of a"
+        rf"^3 of 6 images cannot be read and are left out:\n  {broken[0]}: .*truncated.*"
+        rf"\n  {broken[1]}: {unknown}\n  {broken[2]}: {unknown}$"
+    )
+    with pytest.warns(UserWarning) as warned:
+        data.setup("fit")
+    assert [bool(re.match(message, str(warning.message))) for warning in warned] == [True]
+    data.setup("fit")  # the split is read, so that nothing is left to warn of
+    chosen = data.split("train")
+    assert chosen.in_memory == (limit > 0) and len(data.split("val")) == 2
+    read, labels = (torch.cat(parts) for parts in zip(*DataLoader(chosen, 2, collate_fn=lambda x: x), strict=True))
+    left = [images[f"train/{name}.png"] for name in ("a/0", "a/2", "b/1")]
+    assert labels.tolist() == [0, 0, 1]
+    assert count(read.numpy(), labels) == count([pixels(image, 3) for image in left], labels)
+
+
+@pytest.mark.parametrize("limit", [2048, 0])
+def test_too_many_unreadable_images_are_an_error_that_counts_them(limit, tmp_path):
+    write_images(tmp_path, {"train/a": 12, "train/b": 13, "val/a": 1, "val/b": 2})
+    (tmp_path / "val/b/1.png").write_bytes(b"")
+    with pytest.raises(
+        ValueError, match=r"^1 of 3 images .*; remove .* more than 0 .* \(--data.max_unreadable\):\n.*val/b/1.png: no"
+    ):
+        image_folder(tmp_path, memory_limit_mb=limit, max_unreadable=0).setup("validate")
+    for index in range(12):
+        (tmp_path / f"train/b/{index}.png").write_bytes(b"")
+    with pytest.raises(
+        ValueError,
+        match=r"^12 of 25 images cannot be read; .* more than 10 of .*:(\n  \S+: .*){10}\n  \.\.\. and 2 more$",
+    ):
+        image_folder(tmp_path, memory_limit_mb=limit).setup("fit")
+    with pytest.warns(UserWarning, match=r"^12 of 25 images cannot be read and are left out:(\n  \S+: .*){12}$"):
+        assert len(image_folder(tmp_path, memory_limit_mb=limit, max_unreadable=12).split("train")) == 13
+
+
+@pytest.mark.parametrize("limit", [2048, 0])
+@pytest.mark.parametrize("split", SPLITS)
+def test_a_class_with_no_readable_image_is_told(split, limit, tmp_path):
+    write_images(tmp_path, {f"{split}/{name}": 2 for split in SPLITS for name in "abc"})
+    for name in "ac":
+        for file in (tmp_path / split / name).iterdir():
+            file.write_bytes(b"")
+    data = image_folder(tmp_path, memory_limit_mb=limit)
+    message = (
+        rf"^4 of 6 images .* the {split} split has no others of the classes a, c; .*:(\n  .*/{split}/[ac]/.*){{4}}$"
     )
     with pytest.raises(ValueError, match=message):
-        image_folder(tmp_path).setup("fit")
-    with pytest.raises(ValueError, match=f"{cut} is no readable image .*; remove or replace it"):
-        list(image_folder(tmp_path, memory_limit_mb=0).evaluation_batches("train"))
-    for file in others:
-        file.write_bytes(b"")
-    with pytest.raises(
-        ValueError, match=r"^12 of 24 images cannot be read; .*:(\n  \S+: .*){10}\n  \.\.\. and 2 more$"
-    ):
-        image_folder(tmp_path).setup("fit")
+        data.split(split)
+
+
+def test_which_images_are_held_out_does_not_depend_on_those_that_are_readable(tmp_path):
+    write_images(tmp_path, {"train/a": 8, "train/b": 8})
+    whole = image_folder(tmp_path, val_fraction=0.5)
+    held = [str(file) for file in whole.split("val").files]
+    (tmp_path / "train/a/3.png").write_bytes(b"")
+    data = image_folder(tmp_path, val_fraction=0.5)
+    with pytest.warns(UserWarning, match="1 of 8 images cannot be read"):
+        data.setup("fit")
+    left = {split: [str(file) for file in data.split(split).files] for split in ("train", "val")}
+    gone = str(tmp_path / "train/a/3.png")
+    assert left["val"] == [file for file in held if file != gone] and len(left["train"]) + len(left["val"]) == 15
 
 
 @pytest.mark.parametrize(
@@ -284,13 +340,15 @@ def test_unreadable_images_are_counted_and_named(tmp_path):
         ({"in_chans": 2}, r"grey \(1 channel\) or RGB \(3 channels\), got in_chans=2"),
         ({"input_size": 0}, "input_size must be at least 1, got 0"),
         ({"num_workers": -1}, "num_workers must be at least 0, got -1"),
+        ({"max_unreadable": -1}, "max_unreadable must be at least 0, got -1"),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"val_fraction": 0}, r"share in \(0, 0.5\] .* got 0"),
         ({"val_fraction": 0.6}, "got 0.6"),
         ({"val_fraction": float("nan")}, "got nan"),
         (
             {"augment": "crops"},
-            "unknown augment 'crops'. Did you mean 'crop'. Choose one of: crop, crop_flip, crop_flip_cutout, none",
+            "unknown augment 'crops'. Did you mean 'crop'. Choose one of: crop, crop_flip, crop_flip_cutout, none, "
+            "resized_crop_flip",
         ),
     ],
 )
@@ -315,10 +373,10 @@ def test_predict_takes_a_file_or_a_folder(path, names, tmp_path):
 
 
 def test_predict_refuses_what_is_no_image(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no image file or folder .*nowhere to predict on; .*--data.predict"):
+    with pytest.raises(FileNotFoundError, match="no image file or folder .*nowhere; check the path"):
         build_data("Digits", predict=str(tmp_path / "nowhere"))
     (tmp_path / "notes.txt").write_text("no image")
-    with pytest.raises(ValueError, match="no image to predict on in .*; images end in .*png"):
+    with pytest.raises(ValueError, match="no image in .*; images end in .*png"):
         build_data("Digits", predict=str(tmp_path))
     with pytest.raises(ValueError, match="1 of 1 images cannot be read;.*\n.*notes.txt: no image of a known"):
         build_data("Digits", predict=str(tmp_path / "notes.txt")).split("predict")
@@ -376,7 +434,8 @@ def test_random_flip_mirrors_half_of_the_images():
 )
 def test_augmentation_gives_all_that_it_may(augment, size, outcomes):
     images = torch.from_numpy(noise(3, size, size)).repeat(1000, 1, 1, 1)
-    augmented = augment_batch(images, augment, torch.Generator().manual_seed(0))
+    torch.manual_seed(0)
+    augmented = augment_batch(images, augment, size)
     assert len(augmented.unique(dim=0)) == outcomes and (augmented is images) == (augment == "none")
 
 
@@ -393,6 +452,136 @@ def test_random_cutout_blackens_one_square_that_may_be_cut_off_at_the_edge():
         assert (bottom - top == 4 or top == 0 or bottom == 8) and (right - left == 4 or left == 0 or right == 6)
     # The centre is any pixel.
     assert len(outcomes) == 8 * 6
+
+
+@pytest.mark.parametrize("size", [12, 10])
+def test_random_resized_crop_cuts_its_own_rectangle_out_of_each_image(size):
+    image, boxes = noise(12, 12, 3), {}
+    for height, width in itertools.product(range(1, 13), repeat=2):
+        # The sides are rounded, each by at most half a pixel.
+        area, ratio = (0.35 * 144, 144), (3 / 4, 4 / 3)
+        if not (height + 0.5) * (width + 0.5) >= area[0] or not (height - 0.5) * (width - 0.5) <= area[1]:
+            continue
+        if (width + 0.5) / (height - 0.5) < ratio[0] or (width - 0.5) / (height + 0.5) > ratio[1]:
+            continue
+        for top, left in itertools.product(range(13 - height), range(13 - width)):
+            cut = Image.fromarray(image[top : top + height, left : left + width])
+            resized = numpy.asarray(cut.resize((size, size), Image.Resampling.BILINEAR))
+            boxes[top, left, height, width] = torch.from_numpy(resized.copy()).permute(2, 0, 1).flatten().float()
+    images = torch.from_numpy(image).permute(2, 0, 1).repeat(400, 1, 1, 1)
+    torch.manual_seed(0)
+    cropped = random_resized_crop(images, size)
+    assert cropped.shape == (400, 3, size, size) and cropped.dtype == torch.uint8
+    names, truth = list(boxes), torch.stack(list(boxes.values()))
+    distances = torch.cdist(cropped.flatten(1).float(), truth, p=float("inf"))
+    assert distances.min(1).values.max() <= 1  # PIL rounds in another place
+    found = collections.Counter(names[index] for index in distances.argmin(1))
+    assert len(found) > 100 and max(found.values()) < 60
+    assert {side for box in found for side in box[2:]} == set(range(6, 13))
+
+
+def test_crops_are_mirrored_half_of_the_time():
+    ramp = torch.arange(0, 240, 20, dtype=torch.uint8).expand(1000, 1, 12, 12)
+    torch.manual_seed(0)
+    augmented = augment_batch(ramp, "resized_crop_flip", 6)
+    rising, falling = (augmented[..., 0] < augmented[..., 5]), (augmented[..., 0] > augmented[..., 5])
+    assert augmented.shape == (1000, 1, 6, 6) and (rising.all(2) ^ falling.all(2)).all()
+    assert 440 <= rising.all(2).sum() <= 560
+
+
+@pytest.mark.parametrize("limit", [2048, 0])
+def test_crops_are_taken_of_larger_training_images(limit, tmp_path):
+    images = write_images(tmp_path, {"train/a": 3, "train/b": 3, "val/a": 1, "val/b": 1}, (48, 32))
+    plain, cropping = (
+        image_folder(tmp_path, input_size=14, memory_limit_mb=limit, augment=augment)
+        for augment in ("none", "resized_crop_flip")
+    )
+    assert (plain.stored_size, cropping.stored_size) == (14, 16)
+    assert image_folder(tmp_path, input_size=224, augment="resized_crop_flip").stored_size == 256
+    stored, labels = cropping.split("train").__getitems__([0])
+    expected = pixels(images["train/a/0.png"].resize((24, 16), Image.Resampling.BILINEAR), 3)
+    assert (stored[0].numpy() == expected[:, :, 4:20]).all()
+    assert torch.equal(*(torch.cat([x for x, _ in data.evaluation_batches("val")]) for data in (plain, cropping)))
+    # As they are evaluated, they are the stored ones resized by PIL.
+    ((batch, _),) = cropping.evaluation_batches("train")
+    resized = Image.fromarray(expected[:, :, 4:20].transpose(1, 2, 0)).resize((14, 14), Image.Resampling.BILINEAR)
+    assert batch.shape == (6, 3, 14, 14) and batch.dtype == torch.float32
+    assert (255 * batch[0] - torch.from_numpy(pixels(resized, 3).copy())).abs().max() < 1.01
+    for training in (True, False):
+        cropping.trainer = types.SimpleNamespace(training=training, predicting=False)
+        split = cropping.split("train" if training else "val")
+        floats, _ = cropping.on_after_batch_transfer(split.__getitems__([0, 1]), 0)
+        assert floats.shape == (2, 3, 14, 14)
+
+
+def test_larger_training_images_count_for_memory(tmp_path):
+    write_images(tmp_path, {"train/a": 2, "train/b": 2, "val/a": 2, "val/b": 2})
+    # Four images of 512×512 are one MiB.
+    data = image_folder(tmp_path, input_size=512, in_chans=1, memory_limit_mb=1, augment="resized_crop_flip")
+    assert [data.split(split).in_memory for split in ("train", "val")] == [False, True]
+
+
+def test_images_are_shared_by_whoever_would_read_the_same(tmp_path):
+    write_images(tmp_path, {"train/a": 2, "train/b": 2})
+    kinds = {augment: image_folder(tmp_path, augment=augment) for augment in zoo.data.AUGMENTS}
+    kinds["none"].setup("fit")
+    for name in ("crop", "crop_flip", "crop_flip_cutout", "resized_crop_flip"):
+        kinds[name].share_images(kinds["none"])
+        assert (kinds[name].split("train") is kinds["none"].split("train")) == (name != "resized_crop_flip")
+    other = image_folder(tmp_path, augment="resized_crop_flip", batch_size=3)
+    other.share_images(kinds["resized_crop_flip"])
+    assert other.split("train") is kinds["resized_crop_flip"].split("train")
+    digits, cropped = build_data("Digits"), build_data("Digits", augment="resized_crop_flip")
+    cropped.share_images(digits)
+    assert cropped.split("train").images.shape[2:] == (8, 8)
+    digits.split("val")
+    cropped.share_images(digits)
+    assert cropped.split("val") is digits.split("val")
+
+
+@pytest.mark.parametrize("limit", [2048, 0])
+@pytest.mark.parametrize(
+    ("number", "chosen"), [(1, [6]), (2, [3, 9]), (3, [2, 6, 10]), (6, [1, 3, 5, 7, 9, 11]), (99, list(range(12)))]
+)
+def test_a_sample_is_spread_evenly_and_the_same_everywhere(number, chosen, limit, tmp_path):
+    counts = {"train/a": 4, "train/b": 4, "train/c": 4, "val/a": 1, "val/b": 1, "val/c": 1}
+    images = write_images(tmp_path, counts)
+    stored = [pixels(image, 3) / numpy.float32(255) for name, image in images.items() if name.startswith("train")]
+    samples = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        samples.append(image_folder(tmp_path, memory_limit_mb=limit, augment="crop_flip_cutout").sample(number))
+    assert torch.equal(*samples) and samples[0].dtype == torch.float32
+    assert [[(image == other).all() for other in stored].index(True) for image in samples[0].numpy()] == chosen
+
+
+def test_a_sample_of_larger_training_images_is_what_is_evaluated(tmp_path):
+    write_images(tmp_path, {"train/a": 2, "train/b": 2}, (40, 40))
+    data = image_folder(tmp_path, input_size=14, augment="resized_crop_flip")
+    evaluated = torch.cat([images for images, _ in data.evaluation_batches("train")])
+    assert torch.equal(data.sample(len(evaluated)), evaluated) and evaluated.shape[1:] == (3, 14, 14)
+    assert build_data("Digits").sample(5).shape == (5, 1, 8, 8)
+    with pytest.raises(ValueError, match="count must be at least 1, got 0"):
+        data.sample(0)
+
+
+def test_a_folder_has_224_pixels_and_colours_unless_told(tmp_path):
+    write_images(tmp_path, TWO)
+    for given, resolved in (((None, None), (224, 3)), ((None, 1), (224, 1)), ((16, None), (16, 3))):
+        data = image_folder(tmp_path, input_size=given[0], in_chans=given[1])
+        assert (data.input_size, data.in_chans, len(data.mean)) == (*resolved, resolved[1])
+        assert (data.hparams.input_size, data.hparams.in_chans) == resolved
+        again = build_data("ImageFolder", **data.hparams)
+        assert (again.input_size, again.in_chans) == resolved
+
+
+def test_the_command_line_records_what_none_stands_for(tmp_path, monkeypatch):
+    write_images(tmp_path, TWO)
+    options = ["--data=ImageFolder", f"--data.root={tmp_path}", "--data.input_size=null", "--trainer.logger=false"]
+    monkeypatch.setattr("sys.argv", ["train.py", *options])
+    settings = {"subclass_mode_data": True, "seed_everything_default": False, "run": False}
+    built = LightningCLI(DemoModel, zoo.data.ImageData, **settings)
+    assert (built.datamodule.hparams.input_size, built.datamodule.hparams.in_chans) == (224, 3)
 
 
 def test_only_training_images_are_augmented_and_all_become_floats():

@@ -1,10 +1,11 @@
-"""List, verify, describe and export checkpoints, train them and the paper's tables, show one at work."""
+"""List, verify, describe, export and convert checkpoints, train them and the paper's tables, show one at work."""
 
 import argparse
 import contextlib
 import functools
 import os
 import re
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,14 +16,18 @@ from rich.table import Table
 from torch import Tensor
 
 import zoo
+from operators import calibrate
 from operators.lookup import unknown_name
+from zoo.augmentation import to_float
 from zoo.cards import model_card
 from zoo.checkpoints import CARD, PRETRAINED, read_config, write_whole
+from zoo.classifier import CALIBRATION_IMAGES, origin
 from zoo.cli import interrupted, readable_errors
-from zoo.data import Digits
+from zoo.data import Digits, decode, find_images
 from zoo.export import export, recorded_data
 from zoo.plots import plot_operators, plot_predictions
 from zoo.reports import write_reports
+from zoo.sources import convert, start_from
 from zoo.tables import RESULTS, list_tables, read_table, result_path, run_table
 from zoo.training import LEAST_SECONDS, Device, train_zoo
 
@@ -60,6 +65,21 @@ def main() -> None:
     command.add_argument("--half", action="store_true", help="store the weights in float16, rounded before measuring")
     command.add_argument("--overwrite", action="store_true", help="replace a folder that exists")
     command.set_defaults(function=export_checkpoint)
+
+    command = commands.add_parser("convert", help="make a decoupled checkpoint folder from a trained plain network")
+    command.description = "Convert a trained plain network, save it as a checkpoint folder, and show the report."
+    command.add_argument("source", help="timm:NAME, a checkpoint of the zoo, a folder, or a Hub repository")
+    command.add_argument("name", help="<data>_<architecture>_<operator>, e.g. imagenet_resnet50_tanh_cosine")
+    command.add_argument("--operator", help="the operator; by default that in NAME, weighted by the filters' norms")
+    command.add_argument("--weights", type=Path, help="a file (.safetensors, .pth) with the weights of timm:NAME")
+    command.add_argument("--images", type=Path, help="a file or folder of images to calibrate the network on")
+    command.add_argument(
+        "--quantile", type=float, default=0.99, help="of the norms that become the radius (default: %(default)s)"
+    )
+    command.add_argument("--licence", default="not stated", help="of the weights (default: %(default)s)")
+    command.add_argument("--to", type=Path, default=Path("outputs"), help="parent of the new folder (default: outputs)")
+    command.add_argument("--overwrite", action="store_true", help="replace a folder that exists")
+    command.set_defaults(function=convert_checkpoint)
 
     command = commands.add_parser("train-zoo", help="train, export and verify every recipe that has no checkpoint yet")
     command.description = (
@@ -161,6 +181,34 @@ def export_checkpoint(arguments: argparse.Namespace) -> None:
     print(f"written: {folder}")
 
 
+def convert_checkpoint(arguments: argparse.Namespace) -> None:
+    folder = arguments.to / arguments.name
+    if folder.exists() and not arguments.overwrite:
+        raise FileExistsError(f"{folder} exists; choose another name or parent (--to), or replace it (--overwrite)")
+    model = start_from(arguments.source, weights=arguments.weights)
+    architecture = model.spec.architecture
+    operator = arguments.operator or arguments.name.rpartition(f"_{architecture}_")[2]
+    report = convert(model, operator)
+    expected = f"_{architecture}_{model.spec.operator_name}"
+    if not arguments.name.endswith(expected):
+        raise ValueError(f"a checkpoint of this network is called <data>{expected}, got {arguments.name!r}")
+    table = Table("layer", "kind", "outcome", title=str(report.operator))
+    for layer in report.layers:
+        table.add_row(layer.name, layer.kind, "converted" if layer.converted else layer.reason)
+    if arguments.images:
+        files = find_images(arguments.images)
+        # Evenly spaced, for they are sorted by folder, which may mean by class.
+        chosen = [files[place * len(files) // CALIBRATION_IMAGES] for place in range(CALIBRATION_IMAGES)]
+        images = torch.stack([decode(file, model.transform) for file in dict.fromkeys(chosen)])
+        _, calibration = calibrate(model, [to_float(images)], arguments.quantile)
+    command = shlex.join(["python", "-m", "zoo", *sys.argv[1:]])
+    training = {"converted_from": arguments.source, "command": command, **origin(torch.device("cpu"))}
+    zoo.save(model, folder, training=training, licence=arguments.licence, overwrite=arguments.overwrite)
+    Console().print(table)
+    print(calibration if arguments.images else "not calibrated (--images), so train it before use")
+    print(f"written: {folder}")
+
+
 def positive(kind: type[float]) -> Callable[[str], float]:
     """Return a function that reads a positive number of that kind from the command line."""
 
@@ -227,7 +275,7 @@ def demo(arguments: argparse.Namespace) -> None:
         raise ValueError(
             f"demo classifies scikit-learn's digits, grey and 8×8; {arguments.folder} takes {held[0]} channels and "
             f"{held[1]}×{held[1]} pixels, and knows {len(held[2])} classes. For images of its own kind: "
-            f"python train.py predict --model.pretrained {arguments.folder} --data.predict FOLDER"
+            f"python train.py predict --model.init_from {arguments.folder} --data.predict FOLDER"
         )
     data = Digits()
     images, labels = next(iter(data.evaluation_batches("test")))

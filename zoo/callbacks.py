@@ -17,8 +17,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from operators import DecoupledConv2d, filter_norm
+from operators import filter_norm
 from zoo.checkpoints import write_whole
+from zoo.models import decoupled_layers
 
 
 class WeightProjection(Callback):
@@ -41,7 +42,7 @@ class WeightProjection(Callback):
         step = trainer.global_step
         # With gradient accumulation, several batches end at the same step.
         if step != self.last_step and step % self.every_n_steps == 0:
-            for layer in decoupled_layers(module):
+            for layer in decoupled_layers(module).values():
                 with torch.no_grad():
                     layer.weight /= filter_norm(layer.weight, eps=layer.operator.eps)
         self.last_step = step
@@ -57,7 +58,7 @@ class WeightedGradients(Callback):
     """Multiply each decoupled filter's gradient by its norm before the optimiser's step (the authors' code)."""
 
     def on_before_optimizer_step(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
-        for layer in decoupled_layers(module):
+        for layer in decoupled_layers(module).values():
             if layer.weight.grad is not None:
                 layer.weight.grad *= filter_norm(layer.weight.detach(), eps=layer.operator.eps)
 
@@ -207,7 +208,3 @@ class PredictionTable(BasePredictionWriter):
         text = io.StringIO(newline="")
         csv.writer(text).writerows(rows)
         write_whole(path, text.getvalue())
-
-
-def decoupled_layers(module: torch.nn.Module) -> list[DecoupledConv2d]:
-    return [layer for layer in module.modules() if isinstance(layer, DecoupledConv2d)]

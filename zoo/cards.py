@@ -57,6 +57,8 @@ def model_card(config: Mapping[str, Any]) -> str:
             facts.append((what, f"{rate:,.0f}{beside}"))
     if not plain:
         facts.append(("operator", f"`{json.dumps(operator)}`"))
+    if "layer_settings" in config:
+        facts.append(("settings of single layers", f"{len(config['layer_settings'])} layers, listed in `config.json`"))
     for key, value in config["training"].items():
         facts.append((key, str(value) if isinstance(value, str | int) else f"`{json.dumps(value)}`"))
     facts += [

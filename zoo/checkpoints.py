@@ -146,11 +146,12 @@ def save(
         raise FileExistsError(f"{folder} exists; choose another name, or pass overwrite=True to replace it")
     weights = _serialise(model.network, dtype)
     logits = fingerprint(model)
-    _check_spec(model, logits)
+    spec = model.describe()
+    _check_spec(model, spec, logits)
     config = {
         "schema": SCHEMA,
         "name": folder.name,
-        **model.spec.to_dict(),
+        **spec.to_dict(),
         "metrics": [dataclasses.asdict(metric) for metric in metrics],
         "training": dict(training or {}),
         "licence": licence,
@@ -304,6 +305,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     for field, kind in _FIELDS.items():
         if not isinstance(config.get(field), kind):
             raise CheckpointError(f"{path}: {field!r} is missing or malformed; fetch the checkpoint again")
+    layers = config.get("layer_settings", {})
+    if not isinstance(layers, dict) or not all(isinstance(settings, dict) for settings in layers.values()):
+        raise CheckpointError(f"{path}: 'layer_settings' is malformed; fetch the checkpoint again")
     columns = {field.name for field in dataclasses.fields(Metric)}
     if not all(isinstance(metric, dict) and metric.keys() == columns for metric in config["metrics"]):
         raise CheckpointError(f"{path}: a metric has other fields than {', '.join(sorted(columns))}")
@@ -418,34 +422,34 @@ def _check_header(path: Path, data: bytes) -> None:
 
 
 def _check_tensors(path: Path, tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    problems = _misfits(tensors, expected)
+    problems = misfits(tensors, expected)
     for name, tensor in tensors.items():
         if name in expected and tensor.is_floating_point() and not tensor.isfinite().all():
             problems.append(f"{name} has values that are not finite")
     if problems:
-        raise CheckpointError(f"{path} does not fit the architecture in {CONFIG}: {_listed(problems)}")
+        raise CheckpointError(f"{path} does not fit the architecture in {CONFIG}: {listed(problems)}")
 
 
-def _check_spec(model: ImageModel, logits: list[list[float]]) -> None:
-    """Refuse a model whose weights, in a network built from its ``spec``, would not give these logits."""
+def _check_spec(model: ImageModel, spec: ModelSpec, logits: list[list[float]]) -> None:
+    """Refuse a model whose weights, in a network built from ``spec``, would not give these logits."""
     # Building draws random weights, which must not change what the caller draws next.
     with torch.random.fork_rng(devices=[]):
-        twin = model.spec.build()
+        twin = spec.build()
     weights = model.network.state_dict()
-    problems = _misfits(weights, twin.network.state_dict())
+    problems = misfits(weights, twin.network.state_dict())
     if not problems:
         twin.network.load_state_dict(weights)
         if _agree(logits, fingerprint(twin)):
             return
         problems = ["other answers"]
     raise ValueError(
-        f"the network is not what its spec describes, {model.spec.architecture} with {model.spec.operator_name} (was "
+        f"the network is not what its spec describes, {spec.architecture} with {spec.operator_name} (was "
         "it converted, folded or cast since zoo.build made it?), so it could not be loaded again; save it as it was, "
-        f"and fold or cast it after loading: {_listed(problems)}"
+        f"and fold or cast it after loading: {listed(problems)}"
     )
 
 
-def _misfits(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> list[str]:
+def misfits(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> list[str]:
     """Say which tensors are missing, unexpected, or of another shape or dtype."""
     problems = [f"missing {name}" for name in expected if name not in tensors]
     problems += [f"unexpected {name}" for name in tensors if name not in expected]
@@ -458,7 +462,8 @@ def _misfits(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> l
     return problems
 
 
-def _listed(problems: Sequence[str]) -> str:
+def listed(problems: Sequence[str]) -> str:
+    """Return the first eight in one line, and how many there are if there are more."""
     return "; ".join(problems[:8]) + (f"; ... ({len(problems)} in all)" if len(problems) > 8 else "")
 
 
@@ -472,7 +477,7 @@ def _agree(claimed: list[list[float]], measured: list[list[float]]) -> bool:
 
 def _with_channels(model: ImageModel, in_chans: int) -> ImageModel:
     """Return the model for ``in_chans`` channels, which answers to equal channels what it answered before."""
-    spec = model.spec
+    spec = model.describe()
     # Both the filters and the normalised pixels are scaled, so that no norm changes with the number of channels.
     scale = math.sqrt(spec.in_chans / in_chans)
     mean = [sum(spec.mean) / spec.in_chans] * in_chans

@@ -1,6 +1,5 @@
 """The Lightning module: one model of the zoo, its loss, optimiser and schedule."""
 
-import dataclasses
 import functools
 import math
 import os
@@ -19,12 +18,17 @@ import torch.nn.functional as F
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
+from torchvision.transforms.v2 import MixUp
 
-from operators import DecoupledConv2d, filter_norm
-from zoo.callbacks import decoupled_layers
-from zoo.checkpoints import CONFIG, list_checkpoints, load
+from operators import DecoupledConv2d, calibrate, filter_norm
+from operators.convert import classifier_layers
+from zoo.checkpoints import CONFIG, list_checkpoints
 from zoo.data import ImageData
-from zoo.models import PLAIN, ImageModel, ModelSpec, build, check_input_size
+from zoo.models import PLAIN, ImageModel, ModelSpec, build, decoupled_layers
+from zoo.sources import convert, start_from
+
+# Training images whose norms a converted network is fitted to.
+CALIBRATION_IMAGES = 256
 
 # Where a Lightning checkpoint keeps what is needed to export it; plain values only.
 RECORD = "decoupled_zoo"
@@ -34,28 +38,36 @@ class Classifier(L.LightningModule):
     """Train a network of the zoo to name the class of an image.
 
     The classes, the channels, the size and the normalisation of the images follow from the data module; with
-    ``pretrained``, the normalisation is the checkpoint's.
+    ``init_from``, the normalisation is that of the network one starts from.
 
     Args:
         architecture: one of ours (cnn6, cnn9, resnet20, ...) or any timm architecture; cnn6 by default.
         operator: "conv" for the plain network, an operator such as "tanh_cosine" (the default), or a mapping of its
-            settings with "name", e.g. {name: tanh_cosine, radius_mode: learned}.
+            settings with "name", e.g. {name: tanh_cosine, radius_mode: learned}. With ``init_from`` a plain network, it
+            is converted (with weighting linear unless a mapping says otherwise), and stays plain by default.
         architecture_args: further arguments of the architecture, e.g. {batch_norm: false}.
-        pretrained: a checkpoint of the zoo to start from (name or folder), in place of architecture, architecture_args
-            and operator.
+        init_from: the trained network to start from, in place of architecture and architecture_args: a checkpoint of
+            the zoo, a checkpoint folder, a Hub repository (owner/name), or timm:NAME for weights that timm fetches. It
+            gets a fresh classifier if its classes are not those of the images.
+        calibrate: fit the converted layers, before training, to that quantile of the norms that training images have,
+            e.g. 0.99; not done by default.
         optimizer: "sgd" (with Nesterov momentum 0.9) or "adamw".
         learning_rate: the highest learning rate.
+        backbone_learning_rate: that of all but the classifier; the same by default.
+        freeze_epochs: for so many epochs only the classifier is trained.
         weight_decay: of filters and fully connected weights; biases, normalisations and radii have none.
         decay_decoupled_filters: whether decoupled filters have weight decay too; the authors' have none.
         schedule: "cosine" (to 0), "step" (a tenth after 1/2, a hundredth after 3/4 of training) or "constant".
         warmup: share of training in which the learning rate rises linearly from 0.
         label_smoothing: share of the label spread over all classes; the authors use 0.01.
+        mixup: parameter of the Beta distribution from which the share of another image, mixed into each, is drawn
+            (Zhang et al., mixup, 2018; 0.2 is usual); 0 for none.
         orthogonality: factor of the penalty ½‖ŴᵀŴ - I‖² on the normalised filters of each decoupled layer; the authors
             use 1e-5.
         compile: train with torch.compile, which takes some seconds to a minute to begin with. Validation stays eager.
 
     Raises:
-        ValueError: an unknown name, a number outside its range, or ``pretrained`` beside what it brings along.
+        ValueError: an unknown name, a number outside its range, or ``init_from`` beside what it brings along.
     """
 
     def __init__(
@@ -63,14 +75,18 @@ class Classifier(L.LightningModule):
         architecture: str | None = None,
         operator: str | dict[str, Any] | None = None,
         architecture_args: dict[str, Any] | None = None,
-        pretrained: str | None = None,
+        init_from: str | None = None,
+        calibrate: float | None = None,
         optimizer: Literal["sgd", "adamw"] = "adamw",
         learning_rate: float = 3e-3,
+        backbone_learning_rate: float | None = None,
+        freeze_epochs: int = 0,
         weight_decay: float = 1e-2,
         decay_decoupled_filters: bool = True,
         schedule: Literal["cosine", "step", "constant"] = "cosine",
         warmup: float = 0.1,
         label_smoothing: float = 0.0,
+        mixup: float = 0.0,
         orthogonality: float = 0.0,
         compile: bool = False,
     ) -> None:
@@ -78,16 +94,28 @@ class Classifier(L.LightningModule):
         for name, value in {"warmup": warmup, "label_smoothing": label_smoothing}.items():
             if not 0 <= value < 1:
                 raise ValueError(f"{name} is a share in [0, 1), got {value}")
-        for name, value in {"weight_decay": weight_decay, "orthogonality": orthogonality}.items():
+        not_negative = {
+            "weight_decay": weight_decay,
+            "orthogonality": orthogonality,
+            "freeze_epochs": freeze_epochs,
+            "mixup": mixup,
+        }
+        for name, value in not_negative.items():
             if value < 0:
                 raise ValueError(f"{name} must not be negative, got {value}")
-        if learning_rate <= 0:
-            raise ValueError(f"learning_rate must be more than 0, got {learning_rate}")
-        own = {"architecture": architecture, "operator": operator, "architecture_args": architecture_args}
-        if pretrained and (ignored := [name for name, value in own.items() if value]):
+        rates = {"learning_rate": learning_rate, "backbone_learning_rate": backbone_learning_rate}
+        for name, value in rates.items():
+            if value is not None and value <= 0:
+                raise ValueError(f"{name} must be more than 0, got {value}")
+        if calibrate is not None and not 0 < calibrate <= 1:
+            raise ValueError(f"calibrate is a quantile in (0, 1], got {calibrate}")
+        if calibrate is not None and not init_from:
+            raise ValueError("calibrate fits a trained network to its images; name one (init_from), or leave it out")
+        own = {"architecture": architecture, "architecture_args": architecture_args}
+        if init_from and (ignored := [name for name, value in own.items() if value]):
             raise ValueError(
-                f"pretrained {pretrained} has an architecture and an operator already; leave out "
-                f"{' and '.join(ignored)}, or leave out pretrained to train a new network"
+                f"init_from {init_from} has an architecture already; leave out {' and '.join(ignored)}, or leave out "
+                "init_from to train a new network"
             )
         self.save_hyperparameters()
         self.model: ImageModel | None = None
@@ -101,7 +129,7 @@ class Classifier(L.LightningModule):
         if self.model is None:
             self._set_model(self._build(data, stage))
             # What predicts from a Lightning checkpoint is built when that is read.
-            if stage != "predict" or self.hparams.pretrained:
+            if stage != "predict" or self.hparams.init_from:
                 self._announce()
         if stage != "predict":
             _check_data(self.model.spec, data)
@@ -109,7 +137,7 @@ class Classifier(L.LightningModule):
         _commit()
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> Tensor:
-        images, labels = batch
+        images, labels = self.mix(*batch) if self.hparams.mixup else batch
         loss = F.cross_entropy(self.training_forward(images), labels, label_smoothing=self.hparams.label_smoothing)
         self.log("train_loss", loss, prog_bar=True)
         if self.hparams.orthogonality:
@@ -128,16 +156,22 @@ class Classifier(L.LightningModule):
 
     def configure_optimizers(self) -> dict[str, Any]:
         settings = self.hparams
-        decayed = [
-            module.weight
+        decayed = {
+            id(module.weight)
             for module in self.model.modules()
             if isinstance(module, nn.Conv2d | nn.Linear)
             and (settings.decay_decoupled_filters or not isinstance(module, DecoupledConv2d))
-        ]
-        known = {id(parameter) for parameter in decayed}
+        }
+        backbone_rate = settings.backbone_learning_rate or settings.learning_rate
+        in_backbone = {id(parameter) for parameter in self._backbone()}
+        parameters: dict[tuple[float, float], list[nn.Parameter]] = {}
+        for parameter in self.model.parameters():
+            rate = backbone_rate if id(parameter) in in_backbone else settings.learning_rate
+            decay = settings.weight_decay if id(parameter) in decayed else 0.0
+            parameters.setdefault((rate, decay), []).append(parameter)
         groups = [
-            {"params": decayed, "weight_decay": settings.weight_decay},
-            {"params": [p for p in self.model.parameters() if id(p) not in known], "weight_decay": 0.0},
+            {"params": members, "lr": rate, "weight_decay": decay}
+            for (rate, decay), members in sorted(parameters.items(), key=lambda item: item[0], reverse=True)
         ]
         if settings.optimizer == "sgd":
             optimizer = torch.optim.SGD(groups, lr=settings.learning_rate, momentum=0.9, nesterov=True)
@@ -153,7 +187,22 @@ class Classifier(L.LightningModule):
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
+    def on_train_epoch_start(self) -> None:
+        if not self.hparams.freeze_epochs:
+            return
+        # BatchNorm's statistics are frozen, too.
+        self.model.train(not self._frozen)
+        for layer in classifier_layers(self.model.network):
+            layer.train()
+        # Several processes agree at the start on whose gradients they exchange: there, gradients are dropped instead.
+        if self.trainer.world_size == 1:
+            for parameter in self._backbone():
+                parameter.requires_grad_(not self._frozen)
+
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        if self._frozen:
+            for parameter in self._backbone():
+                parameter.grad = None
         gradients = {name: value.grad for name, value in self.named_parameters() if value.grad is not None}
         # Loss scaling for float16 finds infinite gradients itself, and skips the step.
         if self.trainer.precision == "16-mixed" or torch.nn.utils.get_total_norm(gradients.values()).isfinite():
@@ -168,7 +217,7 @@ class Classifier(L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         data = self._data()
         checkpoint[RECORD] = {
-            "spec": self.model.spec.to_dict(),
+            "spec": self.model.describe().to_dict(),
             "model": _own(self.hparams),
             "data": {"name": type(data).__name__, "arguments": _own(data.hparams)},
             "trainer": {"max_epochs": self.trainer.max_epochs},
@@ -201,6 +250,16 @@ class Classifier(L.LightningModule):
         if stage == "predict" and self._trainer:
             self._announce()
 
+    @property
+    def _frozen(self) -> bool:
+        return self.current_epoch < self.hparams.freeze_epochs
+
+    def _backbone(self) -> list[nn.Parameter]:
+        """Return the parameters of all but the classifier."""
+        layers = classifier_layers(self.model.network)
+        head = {id(parameter) for layer in layers for parameter in layer.parameters(recurse=False)}
+        return [parameter for parameter in self.model.parameters() if id(parameter) not in head]
+
     def _announce(self) -> None:
         rank_zero_info(f"{_identity(self.model.spec)}, {sum(p.numel() for p in self.parameters()):,} parameters")
 
@@ -209,28 +268,39 @@ class Classifier(L.LightningModule):
         # A function and no module, whose parameters would be registered twice.
         self.training_forward = torch.compile(model.forward, dynamic=False) if self.hparams.compile else model.__call__
         classes = len(model.class_names)
+        self.mix = MixUp(alpha=self.hparams.mixup, num_classes=classes) if self.hparams.mixup else None
         self.accuracy = nn.ModuleDict(
             {f"{split}_accuracy": MulticlassAccuracy(classes, average="micro") for split in ("val", "test")}
         )
 
     def _check_optimizer(self, old: Mapping[str, Any]) -> None:
         """Refuse what would have no effect: the optimiser goes on with the state it had."""
-        kept = ("optimizer", "learning_rate", "weight_decay", "decay_decoupled_filters")
+        kept = (
+            "optimizer",
+            "learning_rate",
+            "backbone_learning_rate",
+            "freeze_epochs",
+            "weight_decay",
+            "decay_decoupled_filters",
+        )
         if changed := [name for name in kept if old[name] != self.hparams[name]]:
             raise ValueError(
                 f"{', '.join(changed)} cannot change when a run goes on (--ckpt_path); to start from its weights, "
-                "export it (python -m zoo export) and train with --model.pretrained"
+                "export it (python -m zoo export) and train with --model.init_from"
             )
 
     def _build(self, data: ImageData, stage: str) -> ImageModel:
         settings = self.hparams
-        if settings.pretrained and stage != "fit":
-            return load(settings.pretrained)
-        if settings.pretrained:
-            model = load(settings.pretrained, in_chans=data.in_chans)
-            if model.spec.input_size != data.input_size:
-                model.spec = dataclasses.replace(model.spec, input_size=data.input_size)
-                check_input_size(model)
+        if settings.init_from and stage != "fit":
+            return start_from(settings.init_from)
+        if settings.init_from:
+            model = start_from(settings.init_from, in_chans=data.in_chans, input_size=data.input_size)
+            if settings.operator not in (None, PLAIN):
+                report = convert(model, settings.operator)
+                done, left = len(report.converted), len(report.skipped)
+                rank_zero_info(f"{report.operator}: {done} convolutions converted, {left} left as they are")
+            if settings.calibrate is not None:
+                calibrate(model, [data.sample(CALIBRATION_IMAGES)], settings.calibrate)
             if model.class_names != tuple(data.class_names):
                 model.reset_classifier(data.class_names)
             return model.train()
@@ -276,8 +346,9 @@ def learning_rate_factor(progress: float, schedule: str, warmup: float) -> float
 def orthogonality_penalty(model: nn.Module) -> Tensor:
     """Return the sum over decoupled layers of ``½ ‖ŴᵀŴ - I‖²``, Ŵ's columns being the layer's normalised filters."""
     total = torch.zeros((), device=next(model.parameters()).device)
-    for layer in decoupled_layers(model):
-        filters = (layer.weight / filter_norm(layer.weight, eps=layer.operator.eps)).flatten(1)
+    for layer in decoupled_layers(model).values():
+        weight = layer.effective_weight()
+        filters = (weight / filter_norm(weight, eps=layer.operator.eps)).flatten(1)
         gram = filters @ filters.T
         total = total + 0.5 * (gram - torch.eye(len(gram), device=gram.device)).square().sum()
     return total
@@ -305,7 +376,7 @@ def read_lightning_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 def _meant_instead(path: Path) -> str:
     if str(path) in list_checkpoints() or (path / CONFIG).is_file():
-        return f"it is a checkpoint of the zoo: leave out --ckpt_path and start from it with --model.pretrained {path}"
+        return f"it is a checkpoint of the zoo: leave out --ckpt_path and start from it with --model.init_from {path}"
     if (path / "last.ckpt").is_file():
         return f"it is a folder: name the file in it, {path / 'last.ckpt'}"
     return "train.py fit writes best.ckpt and last.ckpt"

@@ -24,6 +24,7 @@ from operators.lookup import look_up, unknown_name
 from zoo.callbacks import LastCheckpoint, PredictionTable
 from zoo.classifier import Classifier, read_lightning_checkpoint, read_record
 from zoo.data import DATA, ImageData, unreadable
+from zoo.sources import shape_of
 
 # Lightning's advertisement, and a deprecated function that it calls itself.
 logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "litlogger" not in record.msg)
@@ -126,11 +127,16 @@ class ZooCLI(LightningCLI):
                     f"{last} is another run's: go on with it (--ckpt_path {last}), or choose another folder "
                     "(--checkpoint.dirpath)"
                 )
-        if self.subcommand != "fit" and not settings.ckpt_path and not settings.model.pretrained:
+        if self.subcommand != "fit" and not settings.ckpt_path and not settings.model.init_from:
             raise ValueError(
                 f"{self.subcommand} needs a trained network: --ckpt_path outputs/.../best.ckpt (what fit wrote), or "
-                "--model.pretrained NAME (a checkpoint of the zoo)"
+                "--model.init_from NAME (a checkpoint of the zoo)"
             )
+        arguments = settings.data.init_args
+        if settings.model.init_from and "input_size" in arguments:
+            in_chans, input_size = shape_of(settings.model.init_from)
+            arguments.in_chans = arguments.in_chans or in_chans
+            arguments.input_size = arguments.input_size or input_size
 
     def after_instantiate_classes(self) -> None:
         self.model.command = self.command
@@ -202,7 +208,8 @@ def checkpoint_settings(arguments: Sequence[str]) -> list[str]:
     record = read_record(read_lightning_checkpoint(known.ckpt_path))
     model = {
         **record["model"],
-        "pretrained": None,
+        "init_from": None,
+        "calibrate": None,
         "architecture": record["spec"]["architecture"],
         "architecture_args": record["spec"]["model_args"],
         "operator": record["spec"]["operator"],

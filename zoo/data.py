@@ -16,6 +16,7 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
+import torchvision.transforms.v2.functional as TF
 from lightning.pytorch.utilities import rank_zero_info
 from PIL import Image, UnidentifiedImageError
 from rich.progress import track
@@ -90,8 +91,9 @@ class ImageData(L.LightningDataModule, abc.ABC):
     Args:
         batch_size: images a batch (and a device).
         val_fraction: share of the training images held out for validation.
-        augment: of training images: "none", "crop" (random shift), "crop_flip" (and mirroring) or
-            "crop_flip_cutout" (and a black square); ``default_augment`` by default.
+        augment: of training images: "none", "crop" (random shift), "crop_flip" (and mirroring), "crop_flip_cutout"
+            (and a black square) or "resized_crop_flip" (random resized crop and mirroring); ``default_augment`` by
+            default.
         predict: image file or folder for predict; the test images by default.
 
     Raises:
@@ -130,6 +132,11 @@ class ImageData(L.LightningDataModule, abc.ABC):
     def num_classes(self) -> int:
         return len(self.class_names)
 
+    @property
+    def stored_size(self) -> int:
+        """Height and width at which training images are kept, from which the augmentation makes ``input_size``."""
+        return self.input_size
+
     @abc.abstractmethod
     def load_split(self, split: str) -> ImageSet:
         """Read "train", "val" or "test"."""
@@ -143,7 +150,7 @@ class ImageData(L.LightningDataModule, abc.ABC):
     def share_images(self, other: "ImageData") -> None:
         """Take over the splits that ``other`` has read, if this module would read the same."""
         mine, theirs = ({**data.hparams, **dict.fromkeys(USES)} for data in (self, other))
-        if type(self) is type(other) and mine == theirs:
+        if type(self) is type(other) and mine == theirs and self.stored_size == other.stored_size:
             self._sets.update({name: images for name, images in other._sets.items() if name != "predict"})
 
     def setup(self, stage: str) -> None:
@@ -165,12 +172,15 @@ class ImageData(L.LightningDataModule, abc.ABC):
     def on_after_batch_transfer(self, batch: tuple[Tensor, Tensor], dataloader_idx: int) -> Any:
         images, labels = batch
         if self.trainer.training:
-            images = augment_batch(images, self.augment)
+            images = augment_batch(images, self.augment, self.input_size)
         images = to_float(images)
         return images if self.trainer.predicting else (images, labels)
 
     def evaluation_batches(self, split: str) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield each batch of "train", "val" or "test" as it is evaluated, in order, without a trainer.
+
+        Training images that are kept larger (``stored_size``) are resized, so they may differ by rounding from what
+        a file read at ``input_size`` would give.
 
         Raises:
             ValueError: an unknown split.
@@ -179,18 +189,24 @@ class ImageData(L.LightningDataModule, abc.ABC):
             raise ValueError(unknown_name("split", split, ("train", "val", "test")))
         self.prepare_data()
         for images, labels in DataLoader(self.split(split), self.batch_size, collate_fn=_as_it_is):
-            yield to_float(images), labels
+            yield self._as_evaluated(images), labels
 
-    def image_set(self, files: Sequence[Path], labels: Tensor) -> ImageSet:
-        """Decode ``files`` into memory, or leave them on disk where that takes more than ``memory_limit_mb``.
+    def sample(self, count: int) -> Tensor:
+        """Return up to ``count`` training images as they are evaluated, evenly spaced over the training set.
+
+        They are float32 in [0, 1], (N, in_chans, input_size, input_size), and the same in every run and process. Where
+        the images are sorted by class, as those of a folder are, no class is left out that has its share.
 
         Raises:
-            ValueError: some of those decoded are no readable images.
+            ValueError: ``count`` is below 1.
         """
-        transform = ImageTransform(self.in_chans, self.input_size)
-        if not self._fit_into_memory(len(files), transform):
-            return DiskImages(files, labels, transform)
-        return MemoryImages(decode_all(files, transform), labels, files)
+        if count < 1:
+            raise ValueError(f"count must be at least 1, got {count}")
+        images = self.split("train")
+        count = min(count, len(images))
+        # The middles of as many equal stretches of the set.
+        chosen = (2 * torch.arange(count) + 1) * len(images) // (2 * count)
+        return self._as_evaluated(images.__getitems__(chosen.tolist())[0])
 
     def hold_out(self, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Return the indices kept for training and those held out for validation, each class in its share."""
@@ -207,8 +223,28 @@ class ImageData(L.LightningDataModule, abc.ABC):
             kept, held = kept[kept != moved], torch.cat([held, moved])
         return kept, held
 
-    def _fit_into_memory(self, count: int, transform: ImageTransform) -> bool:
-        return count * transform.in_chans * transform.input_size**2 <= self.memory_limit_mb * 2**20
+    def _as_evaluated(self, images: Tensor) -> Tensor:
+        return to_float(TF.resize(images, [self.input_size, self.input_size]))
+
+    def _read_files(
+        self, files: Sequence[Path], labels: Tensor, transform: ImageTransform
+    ) -> tuple[ImageSet, dict[Path, str]]:
+        """Decode ``files`` into memory, or leave them on disk where that takes more than ``memory_limit_mb``.
+
+        Returns:
+            The readable images, and why each of the other files cannot be read.
+        """
+        in_memory = len(files) * transform.in_chans * transform.input_size**2 <= self.memory_limit_mb * 2**20
+        images = empty_images(len(files) if in_memory else 0, transform)
+        # Files left on disk are read once before, so that none stops a run half way.
+        broken = decode_each(files, transform, images.__setitem__ if in_memory else lambda *_: None)
+        if broken:
+            readable = [index for index, file in enumerate(files) if file not in broken]
+            files, labels = [files[index] for index in readable], labels[readable]
+            images = images[readable] if in_memory else images
+        if not in_memory:
+            return DiskImages(files, labels, transform), broken
+        return MemoryImages(torch.from_numpy(images), labels, files), broken
 
     def _load_predict(self) -> ImageSet:
         if not self.predict_files:
@@ -219,21 +255,13 @@ class ImageData(L.LightningDataModule, abc.ABC):
         # The network that predicts may have been trained on other images than these.
         model = self.trainer.lightning_module.model if self.trainer else None
         transform = model.transform if model else ImageTransform(self.in_chans, self.input_size)
-        in_memory = self._fit_into_memory(len(files), transform)
-        images = empty_images(len(files) if in_memory else 0, transform)
-        # Files left on disk are read once before, so that none stops the network half way.
-        broken = decode_each(files, transform, images.__setitem__ if in_memory else lambda *_: None)
+        images, broken = self._read_files(files, torch.full((len(files),), UNLABELLED), transform)
         if len(broken) == len(files):
             raise ValueError(unreadable(broken, len(files)))
         if broken:
             warnings.warn(f"{len(broken)} of {len(files)} images cannot be read and are left out", stacklevel=2)
-        readable = [index for index, file in enumerate(files) if file not in broken]
-        files = [files[index] for index in readable]
-        self.predict_files, self.unreadable_files = [str(file) for file in files], broken
-        labels = torch.full((len(files),), UNLABELLED)
-        if not in_memory:
-            return DiskImages(files, labels, transform)
-        return MemoryImages(torch.from_numpy(images[readable] if broken else images), labels, files)
+        self.predict_files, self.unreadable_files = [str(file) for file in images.files], broken
+        return images
 
     def _loader(self, split: str) -> DataLoader | MemoryLoader:
         images, trainer = self.split(split), self.trainer
@@ -272,8 +300,8 @@ class Digits(ImageData):
     Args:
         batch_size: images a batch (and a device).
         val_fraction: share of the training images held out for validation, in (0, 0.5].
-        augment: of training images: "none", "crop" (random shift), "crop_flip" (and mirroring) or
-            "crop_flip_cutout" (and a black square); "crop" by default.
+        augment: of training images: "none", "crop" (random shift), "crop_flip" (and mirroring), "crop_flip_cutout"
+            (and a black square) or "resized_crop_flip" (random resized crop and mirroring); "crop" by default.
         predict: image file or folder for predict; the test images by default.
     """
 
@@ -315,8 +343,9 @@ class TorchvisionData(ImageData):
         root: the folder above MNIST/raw, cifar-10-batches-py or cifar-100-python with the original files.
         batch_size: images a batch (and a device).
         val_fraction: share of the training images held out for validation, in (0, 0.5].
-        augment: of training images: "none", "crop" (random shift), "crop_flip" (and mirroring) or
-            "crop_flip_cutout" (and a black square); "crop" for MNIST and "crop_flip" for CIFAR by default.
+        augment: of training images: "none", "crop" (random shift), "crop_flip" (and mirroring), "crop_flip_cutout"
+            (and a black square) or "resized_crop_flip" (random resized crop and mirroring); "crop" for MNIST and
+            "crop_flip" for CIFAR by default.
         download: whether to download the data set into ``root`` if it is not there.
         predict: image file or folder for predict; the test images by default.
 
@@ -428,33 +457,43 @@ class ImageFolder(ImageData):
     test images too. Images are converted to grey or RGB, resized (the shorter side) and cropped in the centre; files
     that do not end as images do (.jpg, .png, ...) are ignored.
 
+    Each image of a split is read once before the split is used, whether it then stays in memory or not, so that no
+    file stops a run half way. The few that cannot be read are left out; those held out of train for validation are
+    chosen before that, so that the choice does not depend on what is readable.
+
+    With the augmentation "resized_crop_flip", training images are kept at 8/7 of ``input_size`` (256 pixels for 224),
+    so that a crop loses little resolution.
+
     Args:
         root: the folder that holds train.
-        input_size: height and width that the network sees, in pixels.
-        in_chans: 3 (RGB) or 1 (grey).
+        input_size: height and width that the network sees, in pixels; 224 by default.
+        in_chans: 3 (RGB) or 1 (grey); 3 by default.
         title: the data set's name as shown beside results; the folder's by default.
         licence: the terms on which the images are to be had.
         mean: of each channel for pixels in [0, 1]; ImageNet's for RGB and 0.5 for grey by default.
         std: of each channel for pixels in [0, 1]; ImageNet's for RGB and 0.25 for grey by default.
         batch_size: images a batch (and a device).
         val_fraction: share of train held out for validation if there is no val folder, in (0, 0.5].
-        augment: of training images: "none", "crop" (random shift), "crop_flip" (and mirroring) or
-            "crop_flip_cutout" (and a black square); "crop_flip" by default.
+        augment: of training images: "none", "crop" (random shift), "crop_flip" (and mirroring), "crop_flip_cutout"
+            (and a black square) or "resized_crop_flip" (random resized crop and mirroring); "crop_flip" by default.
         num_workers: processes that read images, for a split too large for memory.
         memory_limit_mb: a split of more MiB than this, once decoded, is read from disk batch by batch.
+        max_unreadable: up to so many files of a split that are no readable images are left out with a warning that
+            names them; more are an error.
         predict: image file or folder for predict; the test images by default.
 
     Raises:
         FileNotFoundError: no train folder.
         ValueError: fewer than two classes, a class without images, classes that differ between splits, a number
-            outside its range; from reading a split, files that are no readable images.
+            outside its range; from reading a split, more than ``max_unreadable`` files that are no readable images,
+            or a class that has no other.
     """
 
     def __init__(
         self,
         root: str,
-        input_size: int = 224,
-        in_chans: int = 3,
+        input_size: int | None = None,
+        in_chans: int | None = None,
         title: str | None = None,
         licence: str = "not stated",
         mean: list[float] | None = None,
@@ -464,13 +503,19 @@ class ImageFolder(ImageData):
         augment: Augment | None = None,
         num_workers: int = 0,
         memory_limit_mb: int = 2048,
+        max_unreadable: int = 10,
         predict: str | None = None,
     ) -> None:
         super().__init__(batch_size, val_fraction, augment, predict)
-        for name, value, least in (("input_size", input_size, 1), ("num_workers", num_workers, 0)):
-            if value < least:
-                raise ValueError(f"{name} must be at least {least}, got {value}")
+        input_size = 224 if input_size is None else input_size
+        in_chans = 3 if in_chans is None else in_chans
+        least = {"input_size": (input_size, 1), "num_workers": (num_workers, 0), "max_unreadable": (max_unreadable, 0)}
+        for name, (value, minimum) in least.items():
+            if value < minimum:
+                raise ValueError(f"{name} must be at least {minimum}, got {value}")
         self.save_hyperparameters()
+        # Lightning's command line has recorded what it was told, which may be None.
+        self.hparams.update(input_size=input_size, in_chans=in_chans)
         self.root = Path(root)
         ImageTransform(in_chans, input_size)  # refuses other channels than it knows
         self.input_size = input_size
@@ -483,17 +528,44 @@ class ImageFolder(ImageData):
             raise ValueError(f"mean and std are {in_chans} numbers each (std above 0), got {self.mean} and {self.std}")
         self.num_workers = num_workers
         self.memory_limit_mb = memory_limit_mb
+        self.max_unreadable = max_unreadable
         self.class_names = self._check_folders()
+
+    @property
+    def stored_size(self) -> int:
+        return round(self.input_size * 8 / 7) if self.augment == "resized_crop_flip" else self.input_size
 
     def load_split(self, split: str) -> ImageSet:
         if split == "test" and not self._has("test"):
             return self.split("val")
         if split == "test" or self._has("val"):
-            return self.image_set(*self._list(split))
+            return self.image_set(split, *self._list(split))
         files, labels = self._list("train")
         kept, held = self.hold_out(labels)
         chosen = kept if split == "train" else held
-        return self.image_set([files[index] for index in chosen], labels[chosen])
+        return self.image_set(split, [files[index] for index in chosen], labels[chosen])
+
+    def image_set(self, split: str, files: Sequence[Path], labels: Tensor) -> ImageSet:
+        """Read the images of a split, those of "train" at ``stored_size``; leave out what cannot be read, and say so.
+
+        Raises:
+            ValueError: more than ``max_unreadable`` of the files cannot be read, or none of a class can.
+        """
+        size = self.stored_size if split == "train" else self.input_size
+        images, broken = self._read_files(files, labels, ImageTransform(self.in_chans, size))
+        if len(broken) > self.max_unreadable:
+            then = (
+                f"; remove or replace them, or let more than {self.max_unreadable} of a split be left out "
+                "(--data.max_unreadable)"
+            )
+            raise ValueError(unreadable(broken, len(files), then, most=10))
+        left = set(images.labels.tolist())
+        if lost := [name for label, name in enumerate(self.class_names) if label not in left]:
+            then = f", and the {split} split has no others of the classes {_first(lost)}; replace or add images"
+            raise ValueError(unreadable(broken, len(files), then))
+        if broken:
+            warnings.warn(unreadable(broken, len(files), " and are left out"), stacklevel=2)
+        return images
 
     def _has(self, split: str) -> bool:
         return (self.root / split).is_dir()
@@ -537,18 +609,6 @@ def decode(file: Path, transform: ImageTransform) -> Tensor:
         raise ValueError(f"{file} is no readable image ({reason(error)}); remove or replace it") from error
 
 
-def decode_all(files: Sequence[Path], transform: ImageTransform) -> Tensor:
-    """Read image files as uint8 (N, in_chans, input_size, input_size), several at a time.
-
-    Raises:
-        ValueError: some are no readable images; all are counted and the first ten named.
-    """
-    images = empty_images(len(files), transform)
-    if broken := decode_each(files, transform, images.__setitem__):
-        raise ValueError(unreadable(broken, len(files), most=10))
-    return torch.from_numpy(images)
-
-
 def decode_each(
     files: Sequence[Path], transform: ImageTransform, keep: Callable[[int, np.ndarray], None]
 ) -> dict[Path, str]:
@@ -574,12 +634,14 @@ def empty_images(count: int, transform: ImageTransform) -> np.ndarray:
     return np.empty((count, transform.in_chans, transform.input_size, transform.input_size), dtype=np.uint8)
 
 
-def unreadable(reasons: Mapping[Path, str], count: int, most: int | None = None) -> str:
-    """Say how many of ``count`` images cannot be read, and of ``most`` of them (all by default) why."""
+def unreadable(
+    reasons: Mapping[Path, str], count: int, then: str = "; remove or replace them", most: int | None = None
+) -> str:
+    """Say how many of ``count`` images cannot be read and what ``then``; of ``most`` (all by default), say why."""
     lines = [f"{file}: {reason}" for file, reason in reasons.items()][:most]
     if len(lines) < len(reasons):
         lines.append(f"... and {len(reasons) - len(lines)} more")
-    return "\n  ".join([f"{len(reasons)} of {count} images cannot be read; remove or replace them:", *lines])
+    return "\n  ".join([f"{len(reasons)} of {count} images cannot be read{then}:", *lines])
 
 
 def reason(error: BaseException) -> str:
@@ -616,10 +678,10 @@ def find_images(path: Path) -> list[Path]:
     if path.is_file():
         return [path]
     if not path.is_dir():
-        raise FileNotFoundError(f"no image file or folder {path} to predict on; check the path (--data.predict)")
+        raise FileNotFoundError(f"no image file or folder {path}; check the path")
     files = sorted(file for file in path.rglob("*") if _is_image(file) and not _is_hidden(file.relative_to(path)))
     if not files:
-        raise ValueError(f"no image to predict on in {path}; images end in {', '.join(IMG_EXTENSIONS)}")
+        raise ValueError(f"no image in {path}; images end in {', '.join(IMG_EXTENSIONS)}")
     return files
 
 

@@ -10,8 +10,8 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from operators import OperatorConfig, convert_decoupled
-from operators.lookup import unknown_name
+from operators import DecoupledConv2d, OperatorConfig, convert_decoupled
+from operators.lookup import look_up, unknown_name
 from zoo import architectures
 from zoo.transforms import ImageTransform
 
@@ -37,6 +37,7 @@ class ModelSpec:
         input_size: height and width of the images, in pixels.
         mean, std: of the pixels in [0, 1], one for each channel.
         model_args: further arguments of the architecture.
+        layer_settings: by the names of convolutions, the settings of their operator that are not those of ``operator``.
     """
 
     architecture: str
@@ -47,6 +48,7 @@ class ModelSpec:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     model_args: Mapping[str, Any]
+    layer_settings: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
 
     @property
     def operator_name(self) -> str:
@@ -55,19 +57,26 @@ class ModelSpec:
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as plain values; the plain network's operator is ``"conv"``."""
         fields = {name: list(value) if isinstance(value, tuple) else value for name, value in vars(self).items()}
+        if not self.layer_settings:
+            del fields["layer_settings"]
         return {**fields, "operator": self.operator.to_dict() if self.operator else PLAIN}
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> "ModelSpec":
         """Return the spec that :meth:`to_dict` described; further fields are ignored."""
-        values = {field.name: fields[field.name] for field in dataclasses.fields(cls)}
+        values = {field.name: fields[field.name] for field in dataclasses.fields(cls) if field.name != "layer_settings"}
+        values["layer_settings"] = fields.get("layer_settings", {})
         values.update({name: tuple(values[name]) for name in ("class_names", "mean", "std")})
         operator = values["operator"]
         return cls(**{**values, "operator": None if operator == PLAIN else OperatorConfig.parse(operator)})
 
     def build(self) -> "ImageModel":
-        """Return a freshly initialised model of this spec, in training mode."""
-        return build(
+        """Return a freshly initialised model of this spec, in training mode.
+
+        Raises:
+            ValueError, TypeError: what :func:`build` refuses, or settings of a layer that is not decoupled.
+        """
+        model = build(
             self.architecture,
             self.operator or PLAIN,
             class_names=self.class_names,
@@ -77,6 +86,12 @@ class ModelSpec:
             std=self.std,
             **self.model_args,
         )
+        layers = decoupled_layers(model.network)
+        for name, settings in self.layer_settings.items():
+            layer = look_up(layers, name, "decoupled layer")
+            layer.set_operator({**self.operator.to_dict(), **settings})
+        model.spec = dataclasses.replace(model.spec, layer_settings=self.layer_settings)
+        return model
 
 
 class ImageModel(nn.Module):
@@ -110,6 +125,30 @@ class ImageModel(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         self._check(images)
         return self.network((images.to(self.mean.dtype) - self.mean) / self.std)
+
+    def set_input_size(self, input_size: int) -> None:
+        """Take images of another size from now on.
+
+        Raises:
+            ValueError: the network cannot take images of that size.
+        """
+        if input_size != self.spec.input_size:
+            usual = self.spec
+            self.spec = dataclasses.replace(usual, input_size=input_size)
+            try:
+                check_input_size(self)
+            except ValueError:
+                self.spec = usual
+                raise
+
+    def describe(self) -> ModelSpec:
+        """Return ``spec`` with the settings that single layers have of their own, as :func:`calibrate` gives them."""
+        usual = self.spec.operator.to_dict() if self.spec.operator else {}
+        own = {
+            name: {field: value for field, value in layer.operator.to_dict().items() if value != usual.get(field)}
+            for name, layer in decoupled_layers(self.network).items()
+        }
+        return dataclasses.replace(self.spec, layer_settings={name: values for name, values in own.items() if values})
 
     @property
     def transform(self) -> ImageTransform:
@@ -190,7 +229,8 @@ def build(
         input_size: height and width of the images, in pixels; by default what the architecture is made for. An
             architecture of fixed size, such as a vision transformer, is built for this one.
         class_names: one for each class; ``"0"``, ``"1"``, ... by default.
-        mean, std: of the pixels in [0, 1], one for each channel; ImageNet's for RGB by default, else 0.5 and 0.25.
+        mean, std: of the pixels in [0, 1], one for each channel; by default for RGB those of the weights, if they are
+            ``pretrained``, or ImageNet's, else 0.5 and 0.25.
         architecture_args: further arguments of the architecture, e.g. ``batch_norm=False``.
 
     Raises:
@@ -209,6 +249,10 @@ def build(
         convert_decoupled(network, config)
     rgb = in_chans == 3
     default_mean, default_std = (IMAGENET_MEAN, IMAGENET_STD) if rgb else ([0.5] * in_chans, [0.25] * in_chans)
+    # Pretrained weights expect the pixels that they were trained on.
+    made_for = getattr(network, "pretrained_cfg", None) if architecture_args.get("pretrained") else None
+    if made_for and rgb:
+        default_mean, default_std = made_for["mean"], made_for["std"]
     spec = ModelSpec(
         architecture=architecture,
         operator=config,
@@ -244,6 +288,11 @@ def check_input_size(model: ImageModel) -> None:
         raise _size_error(spec.architecture, made_for, spec.input_size, error) from error
     finally:
         model.train(training)
+
+
+def decoupled_layers(network: nn.Module) -> dict[str, DecoupledConv2d]:
+    """Return the decoupled convolutions of a network by their first names."""
+    return {name: module for name, module in network.named_modules() if isinstance(module, DecoupledConv2d)}
 
 
 def list_architectures(own: bool = False) -> list[str]:

@@ -1,0 +1,343 @@
+"""Fitting the operators of a converted network to the norms that occur in it, and looking at them."""
+
+import contextlib
+import copy
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from operators.angular import cosine
+from operators.conv import DecoupledConv2d
+from operators.magnitude import RADIUS_FLOOR, Linear, Sphere
+
+Batches = Iterable[Tensor | tuple[Tensor, ...] | list[Tensor]]
+
+# Of which diagnose tells the norms.
+QUANTILES = (0.5, 0.9, 0.99, 0.999)
+
+# What the answers of an ordinary convolution and the cosines are, written as magnitudes.
+_PLAIN, _COSINE = Linear(weighting="linear"), Sphere()
+
+
+@dataclasses.dataclass(frozen=True)
+class CalibratedLayer:
+    """What one layer was given.
+
+    Attributes:
+        name: its first name in the network (``""`` for a bare convolution).
+        operator: its operator, as it is printed.
+        beyond: the share of patches whose norm is larger than the radius; None for magnitudes without one.
+        reason: why it was left as it was; empty if it was calibrated.
+    """
+
+    name: str
+    operator: str
+    beyond: float | None = None
+    reason: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class CalibrationReport:
+    """One :class:`CalibratedLayer` for every decoupled convolution, in the network's order."""
+
+    images: int
+    quantile: float
+    layers: tuple[CalibratedLayer, ...]
+
+    def __str__(self) -> str:
+        calibrated = sum(not layer.reason for layer in self.layers)
+        lines = [f"{calibrated} convolutions calibrated on {self.images} images, quantile {self.quantile:g}"]
+        width = max(len(layer.name) for layer in self.layers)
+        for layer in self.layers:
+            outcome = layer.reason or ("" if layer.beyond is None else f"{layer.beyond:.2%} beyond the radius")
+            lines.append(f"  {layer.name:<{width}}  {layer.operator}  {outcome}".rstrip())
+        return "\n".join(lines)
+
+
+@dataclasses.dataclass(frozen=True)
+class DiagnosedLayer:
+    """How the operator of one layer meets the patches that occur.
+
+    Attributes:
+        name: its first name in the network (``""`` for a bare convolution).
+        operator: its operator, as it is printed.
+        norms: the quantiles ``QUANTILES`` of the patch norm ``n``.
+        radius: ``ρ``, its mean over channels if they have their own; None for magnitudes without one.
+        beyond: the share of patches with ``n > ρ``; None for magnitudes without a radius.
+        cosine_spread: the standard deviation of ``cos θ`` over patches and filters.
+        error: ``‖y - y'‖ / ‖y'‖`` of the layer's answers ``y`` and those ``y'`` of an ordinary convolution with the
+            same filters on the same inputs, both without bias.
+    """
+
+    name: str
+    operator: str
+    norms: tuple[float, ...]
+    radius: float | None
+    beyond: float | None
+    cosine_spread: float
+    error: float
+
+
+@dataclasses.dataclass(frozen=True)
+class DiagnosisReport:
+    """One :class:`DiagnosedLayer` for every decoupled convolution that was used, in the network's order."""
+
+    images: int
+    layers: tuple[DiagnosedLayer, ...]
+
+    def __str__(self) -> str:
+        head = ["layer", *(f"n {quantile:g}" for quantile in QUANTILES), "radius", "beyond", "cos spread", "error"]
+        rows = [head]
+        for layer in self.layers:
+            radius = "-" if layer.radius is None else f"{layer.radius:.3g}"
+            beyond = "-" if layer.beyond is None else f"{layer.beyond:.2%}"
+            norms = [f"{norm:.3g}" for norm in layer.norms]
+            rows.append([layer.name, *norms, radius, beyond, f"{layer.cosine_spread:.3f}", f"{layer.error:.3f}"])
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = [f"{len(self.layers)} decoupled convolutions on {self.images} images"]
+        for name, *cells in rows:
+            cells = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
+            lines.append("  ".join(["", name.ljust(widths[0]), *cells]))
+        return "\n".join(lines)
+
+
+@torch.no_grad()
+def calibrate(model: nn.Module, batches: Batches, quantile: float = 0.99) -> tuple[nn.Module, CalibrationReport]:
+    """Fit each decoupled convolution to the norms of its patches, in place, and return ``model`` and the report.
+
+    From the first layer to the last, so that each sees what the calibrated ones before it answer:
+
+    - ``ρ`` becomes that quantile of the norms ``n`` of all patches, in all three radius modes;
+    - ``α`` and ``β`` are multiplied by ``⟨y, y'⟩ / ⟨y, y⟩``, which brings the layer's answers ``y`` as near as a factor
+      can to those ``y'`` of an ordinary convolution with the same filters;
+    - the running mean and variance of every BatchNorm become those of its inputs.
+
+    It is meant for a network that was trained with ordinary convolutions and then converted, with the weighting
+    ``"linear"``: with another, filters lose their norms, which no factor of a whole layer brings back. All batches go
+    through the network at once; a few hundred images are enough. A layer that is used several times is fitted to its
+    first inputs.
+
+    Args:
+        batches: images as ``model`` takes them, (N, C, H, W), or tuples that begin with them, as loaders of images and
+            labels give. They are put on the model's device.
+        quantile: of the norms, in (0, 1]. The larger, the more nearly linear the operators of bounded magnitude are.
+
+    Raises:
+        ValueError: no decoupled convolution, no image, a quantile outside (0, 1], or norms that are not finite; the
+            network is then what it was.
+    """
+    if not 0 < quantile <= 1:
+        raise ValueError(f"quantile is a share in (0, 1] of the patches, got {quantile}")
+    names = _decoupled(model, "calibrate")
+    images = torch.cat([_images_of(batch, model) for batch in _nonempty(batches, "calibrate")])
+    fitted: dict[DecoupledConv2d, CalibratedLayer] = {}
+
+    def fit(layer: DecoupledConv2d, input: Tensor) -> None:
+        if layer not in fitted:
+            beyond = _fit(layer, names[layer], input, quantile)
+            fitted[layer] = CalibratedLayer(names[layer], str(layer.operator), beyond)
+
+    with _restoring_on_error(model), _evaluating(model), _re_estimating_batch_norms(model), _before_each(names, fit):
+        model(images)
+    layers = [
+        fitted.get(layer) or CalibratedLayer(name, str(layer.operator), reason="not used")
+        for layer, name in names.items()
+    ]
+    return model, CalibrationReport(len(images), quantile, tuple(layers))
+
+
+@torch.no_grad()
+def diagnose(model: nn.Module, batches: Batches) -> DiagnosisReport:
+    """Return, for each decoupled convolution, how its operator meets the patches that occur, in evaluation mode.
+
+    ``print`` shows the report as a table. The norms of all patches are kept until the end.
+
+    Args:
+        batches: as :func:`calibrate` takes them; they go through the network one after another.
+
+    Raises:
+        ValueError: no decoupled convolution, or no image.
+    """
+    names = _decoupled(model, "diagnose")
+    seen = {layer: _Observations() for layer in names}
+    count = 0
+    with _evaluating(model), _before_each(names, lambda layer, input: seen[layer].add(layer, input)):
+        for batch in _nonempty(batches, "diagnose"):
+            images = _images_of(batch, model)
+            model(images)
+            count += len(images)
+    layers = [seen[layer].summary(layer, name) for layer, name in names.items() if seen[layer].norms]
+    return DiagnosisReport(count, tuple(layers))
+
+
+def _fit(layer: DecoupledConv2d, name: str, input: Tensor, quantile: float) -> float | None:
+    """Calibrate a layer and return the share of patches beyond its radius."""
+    n = layer.patch_norm(input)
+    if not n.isfinite().all():
+        raise ValueError(f"the inputs of {name or 'the model'} are not finite, so it cannot be calibrated on them")
+    magnitude = layer.magnitude
+    if magnitude.uses_radius:
+        radius = _quantile(n, quantile)
+        if magnitude.running_norm is not None:
+            magnitude.running_norm.restart(n.mean())
+            radius = math.sqrt(max(radius / n.mean().item() - RADIUS_FLOOR, RADIUS_FLOOR))
+        _set(layer, radius=radius)
+    answer = layer.respond(input, magnitude, layer.angular).double()
+    wanted = layer.respond(input, _PLAIN, cosine).double()
+    energy = answer.square().sum().item()
+    # Without an answer, as to black images, any factor is as good.
+    factor = (answer * wanted).sum().item() / energy if energy else 1.0
+    for name in ("alpha", "beta") if magnitude.uses_beta else ("alpha",):
+        _set(layer, **{name: getattr(layer.operator, name) * factor})
+    return _share_beyond(layer, n)
+
+
+def _set(layer: DecoupledConv2d, **settings: float) -> None:
+    layer.operator = dataclasses.replace(layer.operator, **settings)
+    for name, value in settings.items():
+        held = getattr(layer.magnitude, name)
+        if isinstance(held, Tensor):
+            held.fill_(value)
+        else:
+            setattr(layer.magnitude, name, value)
+
+
+class _Observations:
+    """What is gathered of a layer, batch by batch."""
+
+    def __init__(self) -> None:
+        self.norms: list[Tensor] = []
+        self.beyond: list[float | None] = []
+        self.cosines = 0
+        # Sums over all answers: of cos, cos², squared error, squared plain answer.
+        self.sums = torch.zeros(4, dtype=torch.float64)
+
+    def add(self, layer: DecoupledConv2d, input: Tensor) -> None:
+        n = layer.patch_norm(input)
+        cos = layer.respond(input, _COSINE, cosine).double()
+        answer = layer.respond(input, layer.magnitude, layer.angular).double()
+        plain = layer.respond(input, _PLAIN, cosine).double()
+        self.norms.append(n.flatten().cpu())
+        self.beyond.append(_share_beyond(layer, n))
+        self.cosines += cos.numel()
+        self.sums += torch.stack(
+            [cos.sum(), cos.square().sum(), (answer - plain).square().sum(), plain.square().sum()]
+        ).cpu()
+
+    def summary(self, layer: DecoupledConv2d, name: str) -> DiagnosedLayer:
+        norms = torch.cat(self.norms)
+        radius = beyond = None
+        if layer.magnitude.uses_radius:
+            radius = torch.as_tensor(layer.magnitude.effective_radius(norms)).mean().item()
+            weights = torch.tensor([len(batch) for batch in self.norms], dtype=torch.float64)
+            beyond = (torch.tensor(self.beyond, dtype=torch.float64) @ weights / weights.sum()).item()
+        mean, square = (self.sums[:2] / self.cosines).tolist()
+        error, plain = self.sums[2:].sqrt().tolist()
+        return DiagnosedLayer(
+            name=name,
+            operator=str(layer.operator),
+            norms=tuple(_quantile(norms, quantile) for quantile in QUANTILES),
+            radius=radius,
+            beyond=beyond,
+            cosine_spread=math.sqrt(max(square - mean**2, 0.0)),
+            error=error / plain if plain else 0.0,
+        )
+
+
+def _share_beyond(layer: DecoupledConv2d, n: Tensor) -> float | None:
+    """Return the share of patches, norms ``n`` (N, groups, H', W'), beyond the radius; None if there is no radius."""
+    if not layer.magnitude.uses_radius:
+        return None
+    radius = layer.magnitude.effective_radius(n)
+    if isinstance(radius, Tensor) and radius.dim():
+        n, radius = n.unsqueeze(2), radius.view(layer.groups, -1, 1, 1)
+    return (n > radius).double().mean().item()
+
+
+def _quantile(values: Tensor, quantile: float) -> float:
+    # torch.quantile takes 16 million values at most.
+    values = values.flatten()
+    return values.kthvalue(max(1, math.ceil(quantile * len(values)))).values.item()
+
+
+def _decoupled(model: nn.Module, what: str) -> dict[DecoupledConv2d, str]:
+    """Return the decoupled convolutions and their first names."""
+    names = {module: name for name, module in model.named_modules() if isinstance(module, DecoupledConv2d)}
+    if not names:
+        raise ValueError(f"nothing to {what}: {type(model).__name__} has no DecoupledConv2d; see convert_decoupled")
+    return names
+
+
+def _nonempty(batches: Batches, what: str) -> Iterator[Any]:
+    empty = True
+    for batch in batches:
+        empty = False
+        yield batch
+    if empty:
+        raise ValueError(f"{what} needs at least one batch of images, got none")
+
+
+def _images_of(batch: Tensor | tuple[Tensor, ...] | list[Tensor], model: nn.Module) -> Tensor:
+    images = batch[0] if isinstance(batch, tuple | list) else batch
+    if not isinstance(images, Tensor):
+        raise TypeError(f"a batch is a tensor of images or a tuple that begins with one, got {type(images).__name__}")
+    return images.to(next(model.parameters()).device)
+
+
+@contextlib.contextmanager
+def _restoring_on_error(model: nn.Module) -> Iterator[None]:
+    state = copy.deepcopy(model.state_dict())
+    operators = {module: module.operator for module in model.modules() if isinstance(module, DecoupledConv2d)}
+    try:
+        yield
+    except BaseException:
+        for layer, operator in operators.items():
+            _set(layer, radius=operator.radius, alpha=operator.alpha, beta=operator.beta)
+        model.load_state_dict(state)
+        raise
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+
+
+@contextlib.contextmanager
+def _re_estimating_batch_norms(model: nn.Module) -> Iterator[None]:
+    """Let every BatchNorm take the mean and variance of what it is given, and nothing of what it had."""
+    norms = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        # Without momentum the statistics are the mean over all batches, of which there is one.
+        norm.momentum = None
+        norm.train()
+    try:
+        yield
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+
+
+@contextlib.contextmanager
+def _before_each(
+    layers: Iterable[DecoupledConv2d], function: Callable[[DecoupledConv2d, Tensor], None]
+) -> Iterator[None]:
+    """Call ``function`` with each of the layers and its input, before it answers."""
+    handles = [layer.register_forward_pre_hook(lambda layer, inputs: function(layer, inputs[0])) for layer in layers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,230 @@
+"""``calibrate`` and ``diagnose`` against the definition in float64, and on trained networks with real images."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import zoo
+from operators import (
+    ANGULARS,
+    MAGNITUDES,
+    RADIUS_MODES,
+    DecoupledConv2d,
+    OperatorConfig,
+    calibrate,
+    convert_decoupled,
+    diagnose,
+)
+from tests.reference import reference_conv, reference_norm
+from zoo.data import Digits
+
+WITH_RADIUS = [name for name, kind in MAGNITUDES.items() if kind.uses_radius]
+
+
+def small_network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3, padding=1),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.Conv2d(4, 6, 3, stride=2, groups=2, bias=False),
+        nn.BatchNorm2d(6),
+    )
+
+
+def converted(name: str, **settings) -> nn.Sequential:
+    operator = {"name": name, "weighting": "linear", **settings}
+    return convert_decoupled(small_network(), operator)[0].eval()
+
+
+def images(count: int = 24) -> torch.Tensor:
+    return torch.randn(count, 3, 9, 9, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="module")
+def digits() -> Digits:
+    return Digits()
+
+
+@pytest.fixture(scope="module")
+def training_images(digits) -> torch.Tensor:
+    return torch.cat([batch for batch, _ in digits.evaluation_batches("train")])[:512]
+
+
+@pytest.mark.parametrize("quantile", [0.5, 0.9, 1.0])
+@pytest.mark.parametrize("magnitude", WITH_RADIUS)
+def test_each_radius_is_the_quantile_of_the_norms_that_calibrated_layers_before_it_give(magnitude, quantile):
+    model, report = calibrate(converted(f"{magnitude}_cosine"), [images()], quantile)
+    # In the calibrating pass BatchNorm divides by the variance over N, afterwards by that over N - 1.
+    for place, layer, tolerance in zip((0, 3), report.layers, (1e-6, 1e-3), strict=True):
+        conv, x = model[place], model[:place](images()).detach().numpy()
+        n = reference_norm(x, conv.kernel_size, conv.stride, conv.padding, groups=conv.groups)
+        expected = np.quantile(n, quantile, method="inverted_cdf")
+        assert conv.operator.radius == pytest.approx(expected, rel=tolerance)
+        assert conv.magnitude.radius == conv.operator.radius
+        assert layer.beyond == pytest.approx(1 - quantile, abs=2 / n.size)
+
+
+@pytest.mark.parametrize("angular", ANGULARS)
+@pytest.mark.parametrize("magnitude", MAGNITUDES)
+def test_no_other_factor_brings_the_answers_nearer_to_those_of_the_plain_convolution(magnitude, angular):
+    model, _ = calibrate(converted(f"{magnitude}_{angular}"), [images()], 0.9)
+    conv, x = model[0], images().numpy()
+    settings = {"padding": 1, "weighting": "linear", "radius": conv.operator.radius}
+    weight = conv.weight.detach().numpy()
+    plain = reference_conv(x, weight, magnitude="linear", angular="cosine", padding=1, weighting="linear")
+    scale = {"alpha": conv.operator.alpha, "beta": conv.operator.beta}
+    answer = reference_conv(x, weight, magnitude=magnitude, angular=angular, **scale, **settings)
+    assert (answer * plain).sum() / (answer**2).sum() == pytest.approx(1, abs=1e-5)
+
+
+def test_the_ratio_of_the_two_slopes_stays_and_what_is_not_used_stays():
+    for name in ("seg", "mix"):
+        layer = calibrate(converted(f"{name}_cosine", alpha=2.0, beta=0.5), [images()])[0][0]
+        assert layer.operator.beta / layer.operator.alpha == pytest.approx(0.25)
+        assert (layer.magnitude.alpha, layer.magnitude.beta) == (layer.operator.alpha, layer.operator.beta)
+    assert calibrate(converted("tanh_cosine"), [images()])[0][0].operator.beta == 0.5
+    assert calibrate(converted("log_cosine"), [images()])[0][0].operator.radius == 1.0
+
+
+def test_a_plain_convolution_in_disguise_is_not_changed():
+    model, report = calibrate(converted("linear_cosine"), [images()])
+    assert [layer.operator.alpha for layer in (model[0], model[3])] == pytest.approx([1, 1], abs=1e-6)
+    assert [layer.beyond for layer in report.layers] == [None, None]
+
+
+@pytest.mark.parametrize("relative", [False, True])
+@pytest.mark.parametrize("mode", RADIUS_MODES)
+def test_every_kind_of_radius_becomes_the_quantile(mode, relative):
+    model = converted("tanh_cosine", radius_mode=mode, radius_relative=relative)
+    before = {name: id(parameter) for name, parameter in model.named_parameters()}
+    calibrate(model, [images()], 0.9)
+    conv = model[0]
+    n = reference_norm(images().numpy(), (3, 3), padding=1)
+    radius = torch.as_tensor(conv.magnitude.effective_radius(torch.from_numpy(n).float()))
+    expected = np.full(radius.shape, np.quantile(n, 0.9, method="inverted_cdf"))
+    np.testing.assert_allclose(radius.detach().numpy(), expected, rtol=1e-4)
+    assert {name: id(parameter) for name, parameter in model.named_parameters()} == before
+
+
+def test_batch_norms_get_the_statistics_of_their_inputs():
+    model, _ = calibrate(converted("sphere_cosine"), [images(10), images(14)])
+    joined = torch.cat([images(10), images(14)])
+    for place in (1, 4):
+        inputs = model[:place](joined)
+        torch.testing.assert_close(model[place].running_mean, inputs.mean((0, 2, 3)), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(model[place].running_var, inputs.var((0, 2, 3)), rtol=1e-4, atol=1e-6)
+
+
+def test_what_is_not_calibrated_stays():
+    model = converted("ball_cosine")
+    model[1].train()
+    model[0].weight.requires_grad_(False)
+    weights = {name: value.clone() for name, value in model.named_parameters()}
+    modes = [module.training for module in model.modules()]
+    same, _ = calibrate(model, [(images(), torch.zeros(24))])
+    assert same is model and [module.training for module in model.modules()] == modes
+    assert all(torch.equal(weights[name], value) for name, value in model.named_parameters())
+    assert model[1].momentum == 0.1 and not model[0]._forward_pre_hooks and not model[0].weight.requires_grad
+
+
+def test_a_layer_used_twice_is_fitted_to_its_first_inputs_and_an_unused_one_is_named():
+    shared = nn.Conv2d(3, 3, 3, padding=1)
+    model = nn.Sequential(shared, nn.ReLU(), shared)
+    model.spare = nn.ModuleList([nn.Conv2d(3, 3, 1)])
+    model.forward = lambda x: shared(torch.relu(shared(x)))
+    convert_decoupled(model, {"name": "ball_cosine", "weighting": "linear"})
+    _, report = calibrate(model, [images()], 1.0)
+    n = reference_norm(images().numpy(), (3, 3), padding=1)
+    assert model[0].operator.radius == pytest.approx(n.max(), rel=1e-6)
+    assert [(layer.name, layer.reason) for layer in report.layers] == [("0", ""), ("spare.0", "not used")]
+    assert "not used" in str(report) and "1 convolutions calibrated on 24 images" in str(report)
+
+
+@pytest.mark.parametrize(
+    "cause",
+    [
+        lambda model, batch: calibrate(model, [batch[:, :, :2, :2]]),
+        lambda model, batch: calibrate(model, [batch * torch.inf]),
+        lambda model, batch: calibrate(model, []),
+    ],
+)
+def test_a_failure_leaves_the_network_as_it_was(cause):
+    model = converted("tanh_cosine", radius_mode="learned")
+    before, operators = copy.deepcopy(model.state_dict()), [model[0].operator, model[3].operator]
+    with pytest.raises((ValueError, RuntimeError)):
+        cause(model, images())
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert [model[0].operator, model[3].operator] == operators and model[1].momentum == 0.1
+    assert (model[0].magnitude.alpha, model[3].magnitude.alpha) == (1.0, 1.0)
+
+
+def test_wrong_arguments_name_the_value():
+    for quantile in (0, 1.5, -1):
+        with pytest.raises(ValueError, match=rf"share in \(0, 1\].*{quantile}"):
+            calibrate(converted("tanh_cosine"), [images()], quantile)
+    with pytest.raises(ValueError, match="nothing to calibrate: Sequential has no DecoupledConv2d"):
+        calibrate(small_network(), [images()])
+    with pytest.raises(ValueError, match="diagnose needs at least one batch"):
+        diagnose(converted("tanh_cosine"), [])
+    with pytest.raises(TypeError, match="tensor of images.*got str"):
+        diagnose(converted("tanh_cosine"), ["image.png"])
+
+
+@pytest.mark.parametrize("mode", ["fixed", "learned_per_channel"])
+def test_diagnose_agrees_with_the_definition(mode):
+    model = converted("tanh_cosine", radius=3.0, radius_mode=mode)
+    if mode == "learned_per_channel":
+        with torch.no_grad():
+            model[3].magnitude.radius += torch.arange(6.0).view(6, 1, 1)
+    report = diagnose(model, [images(10), images(14)])
+    second, conv = report.layers[1], model[3]
+    x = torch.cat([model[:3](images(10)), model[:3](images(14))]).detach().numpy()
+    weight = conv.weight.detach().numpy()
+    geometry = {"stride": 2, "groups": 2}
+    n = reference_norm(x, (3, 3), **geometry)
+    radius = 3.0 + np.arange(6.0) * (mode == "learned_per_channel")
+    plain = reference_conv(x, weight, magnitude="linear", angular="cosine", weighting="linear", **geometry)
+    cos = reference_conv(x, weight, magnitude="sphere", angular="cosine", **geometry)
+    answer = reference_conv(
+        x, weight, magnitude="tanh", angular="cosine", weighting="linear", radius=radius, **geometry
+    )
+    expected = [np.quantile(n, quantile, method="inverted_cdf") for quantile in (0.5, 0.9, 0.99, 0.999)]
+    assert second.norms == pytest.approx(expected, rel=1e-5)
+    assert second.radius == pytest.approx(radius.mean())
+    beyond = np.repeat(n, 3, axis=1) > radius.reshape(-1, 1, 1)
+    assert second.beyond == pytest.approx(beyond.mean(), abs=1e-4)
+    assert second.cosine_spread == pytest.approx(cos.std(), rel=1e-4)
+    error = np.sqrt(((answer - plain) ** 2).sum() / (plain**2).sum())
+    assert second.error == pytest.approx(error, rel=1e-4)
+    assert (report.images, [layer.name for layer in report.layers]) == (24, ["0", "3"])
+    assert str(report).count("\n") == 3 and "cos spread" in str(report)
+
+
+def test_diagnose_changes_nothing_and_shows_no_radius_where_there_is_none():
+    model = converted("log_cosine").train()
+    before = copy.deepcopy(model.state_dict())
+    layer = diagnose(model, [images()]).layers[0]
+    assert (layer.radius, layer.beyond) == (None, None) and model.training
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("magnitude", MAGNITUDES)
+def test_a_trained_network_keeps_what_it_learned(magnitude, digits, training_images):
+    plain = zoo.load("digits_cnn6_conv")
+    accuracy, _ = zoo.accuracy(plain, digits.evaluation_batches("test"))
+    model, _ = convert_decoupled(plain, {"name": f"{magnitude}_cosine", "weighting": "linear"})
+    _, report = calibrate(model, [training_images], 0.99)
+    calibrated, _ = zoo.accuracy(model, digits.evaluation_batches("test"))
+    assert calibrated >= accuracy - (0.01 if magnitude not in ("sphere", "log") else 0.02)
+    assert all(layer.beyond is None or 0.005 < layer.beyond <= 0.01 for layer in report.layers)
+
+
+def test_calibration_works_on_layers_of_other_precisions():
+    model = converted("tanh_cosine").double()
+    calibrate(model, [images().double()])
+    assert isinstance(model[0], DecoupledConv2d) and model[0].magnitude.radius > 1
+    assert OperatorConfig.parse(model[0].operator.to_dict()) == model[0].operator
