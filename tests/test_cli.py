@@ -230,21 +230,35 @@ def test_predict_goes_on_without_unreadable_files_and_names_each(run):
     )
 
 
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [([], (1, 8)), (["--data.input_size=16"], (1, 16)), (["--data.in_chans=3", "--data.input_size=12"], (3, 12))],
+)
+@pytest.mark.filterwarnings("ignore:.* now takes 3 channels")
+def test_images_are_read_as_the_network_that_one_starts_from_takes_them(run, words, expected):
+    make_photos(Path("photos"), count=8, size=20)
+    path = fit(run, "--data=ImageFolder", "--data.root=photos", *words, "--model.init_from=digits_cnn6_conv")
+    record = torch.load(path, weights_only=True)["decoupled_zoo"]
+    assert (record["spec"]["in_chans"], record["spec"]["input_size"]) == expected
+    assert (record["data"]["arguments"]["in_chans"], record["data"]["arguments"]["input_size"]) == expected
+    status, _, errors = run("test", "--ckpt_path", path)
+    assert status == 0, errors
+
+
 def test_fine_tuning_on_photographs_then_predicting_without_them(run, monkeypatch):
     photos = make_photos(Path("photos"), count=8)
     config = ROOT / "configs/finetune.yaml"
-    with pytest.warns(UserWarning, match="now takes 3 channels"):
-        path = fit(run, "--config", config, f"--data.root={photos.resolve()}", "--data.batch_size=4")
+    path = fit(run, "--config", config, f"--data.root={photos.resolve()}", "--data.batch_size=4")
     photos.rename("gone")
     status, printed, errors = run("predict", "--ckpt_path", path, "--data.predict=gone/train/cat/0.png")
     assert status == 0, errors
     assert "cat" in printed and "dog" in printed and run.told().count("parameters") == 1
-    assert "cnn6 with tanh_cosine and 2 classes, 287," in run.told()
+    assert "resnet20 with tanh_cosine" in run.told() and "and 2 classes, 269," in run.told()
     status, _, errors = run("test", "--ckpt_path", path)
     assert status == 1 and f"no folder {photos.resolve()}/train" in errors
     status, _, errors = run("test", "--ckpt_path", path, "--data.root=gone")
     assert status == 0, errors
-    name = "photos_cnn6_tanh_cosine"
+    name = "photos_resnet20_tanh_cosine"
     status, printed, errors = run("export", path, name, "--to", ".", "--root=gone", main=command_line.main)
     assert status == 0 and "test split" not in printed, errors
     config = json.loads(Path(name, "config.json").read_text())

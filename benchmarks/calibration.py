@@ -1,0 +1,114 @@
+"""What trained plain networks keep when they are converted and calibrated: python -m benchmarks.calibration
+
+The plain checkpoints of the zoo are converted to each magnitude with the angular function cosine, weighted by the
+filters' norms, and measured on all test images: as they were, after conversion alone, after calibration on 512 training
+images, and, at the quantile 0.99, after one epoch of training. MNIST and CIFAR-10 are expected in data/, as by
+python -m zoo train-zoo. A row that results/calibration.json has already is kept.
+"""
+
+import argparse
+import dataclasses
+import fnmatch
+import json
+import os
+import statistics
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import zoo
+from benchmarks import measure
+from operators import MAGNITUDES, calibrate, diagnose
+from zoo.checkpoints import PRETRAINED, read_config
+from zoo.cli import run
+from zoo.data import ImageData
+from zoo.export import recorded_data
+from zoo.models import PLAIN, ImageModel
+from zoo.sources import convert
+
+OUTPUT = measure.RESULTS / "calibration.json"
+TWINS = ("digits_cnn6_conv", "mnist_cnn6_conv", "cifar10_resnet20_conv")
+QUANTILES = (0.9, 0.99, 0.999)
+TRAINED_AT = 0.99
+CALIBRATION_IMAGES = 512
+# Of AdamW, falling to 0 over the epoch.
+LEARNING_RATE = 3e-4
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """A network, the magnitude it is converted to (or ``"conv"``), and the quantile it is calibrated with."""
+
+    twin: str
+    magnitude: str
+    quantile: float
+
+    @property
+    def name(self) -> str:
+        return f"{self.twin} {self.magnitude} {self.quantile}"
+
+
+def cells() -> Iterator[Cell]:
+    """Yield every cell of the table; magnitudes without a radius do not depend on the quantile."""
+    for twin in TWINS:
+        yield Cell(twin, PLAIN, TRAINED_AT)
+        for name, magnitude in MAGNITUDES.items():
+            for quantile in QUANTILES if magnitude.uses_radius else [TRAINED_AT]:
+                yield Cell(twin, name, quantile)
+
+
+def measure_cell(cell: Cell, data: ImageData) -> dict[str, Any]:
+    """Return a row: accuracies on the test images, and what ``diagnose`` says, averaged over layers."""
+    model = zoo.load(cell.twin)
+    row: dict[str, Any] = dataclasses.asdict(cell)
+    row["before"], row["images"] = zoo.accuracy(model, data.evaluation_batches("test"))
+    if cell.magnitude != PLAIN:
+        convert(model, f"{cell.magnitude}_cosine")
+        row["converted"], _ = zoo.accuracy(model, data.evaluation_batches("test"))
+        calibrate(model, [data.sample(CALIBRATION_IMAGES)], cell.quantile)
+        row["calibrated"], _ = zoo.accuracy(model, data.evaluation_batches("test"))
+        layers = diagnose(model, data.evaluation_batches("val")).layers
+        row["error"] = statistics.mean(layer.error for layer in layers)
+        if layers[0].beyond is not None:
+            row["beyond"] = statistics.mean(layer.beyond for layer in layers)
+    if cell.quantile == TRAINED_AT:
+        row["trained"], _ = zoo.accuracy(trained(model, cell, data), data.evaluation_batches("test"))
+    return row
+
+
+def trained(model: ImageModel, cell: Cell, data: ImageData) -> ImageModel:
+    """Return a copy of a model after one epoch on the images that its twin was trained on."""
+    with tempfile.TemporaryDirectory() as scratch:
+        start = zoo.save(model, Path(scratch) / "start")
+        words = ["fit", "--config", f"configs/{cell.twin}.yaml", "--checkpoint.dirpath", f"{scratch}/run"]
+        words += ["--model.architecture", "null", "--model.operator", "null", "--model.init_from", str(start)]
+        words += ["--model.optimizer", "adamw", "--model.learning_rate", str(LEARNING_RATE), "--model.warmup", "0"]
+        words += ["--trainer.max_epochs", "1", "--trainer.logger", "false"]
+        return run(words, callbacks=[], shared=data).model.model.eval()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="*", metavar="GLOB", help="only cells with such a name, e.g. 'digits*'")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads (default: %(default)s)")
+    parsed = parser.parse_args()
+    torch.set_num_threads(parsed.threads)
+    record = {**measure.describe("cpu", parsed.threads), "rows": {}}
+    if OUTPUT.is_file():
+        record["rows"] = json.loads(OUTPUT.read_text(encoding="utf-8"))["rows"]
+    sets: dict[str, ImageData] = {}
+    for cell in cells():
+        if cell.name in record["rows"] or not fnmatch.fnmatch(cell.name, parsed.only):
+            continue
+        if cell.twin not in sets:
+            sets = {cell.twin: recorded_data(read_config(PRETRAINED / cell.twin)["training"]["data"], None)}
+        record["rows"][cell.name] = measure_cell(cell, sets[cell.twin])
+        print(record["rows"][cell.name], flush=True)
+        measure.write(record, OUTPUT)
+
+
+if __name__ == "__main__":
+    main()
