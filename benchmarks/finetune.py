@@ -8,6 +8,7 @@ data/cifar10/{train,test}/CLASS. What is in outputs/finetune and results/finetun
 import argparse
 import json
 import os
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from zoo.export import export
 OUTPUT = measure.RESULTS / "finetune.json"
 IMAGES, WORK = Path("data/cifar10"), Path("outputs/finetune")
 ARCHITECTURE, OPERATOR, SIZE = "resnet10t", "tanh_cosine", 64
-SOURCE_CLASSES, SOURCE_IMAGES, SOURCE_EPOCHS = 6, 1000, 8
+SOURCE_CLASSES, SOURCE_IMAGES, SOURCE_EPOCHS = 6, 1000, 5
 TARGET_IMAGES, TARGET_EPOCHS = 250, 6
 SOURCE = WORK / f"cifar6_{ARCHITECTURE}_conv"
 # What is compared, as options of train.py.
@@ -67,8 +68,9 @@ def fine_tune(variant: str, seed: int) -> dict[str, Any]:
     began = time.monotonic()
     words = ["fit", "--data", "ImageFolder", "--data.root", str(WORK / "target"), *RECIPE, *VARIANTS[variant]]
     words += ["--model.learning_rate", "0.001", "--seed_everything", str(seed)]
-    words += ["--trainer.max_epochs", str(TARGET_EPOCHS), "--trainer.enable_checkpointing", "false"]
-    run(words, callbacks=[lines])
+    with tempfile.TemporaryDirectory() as scratch:
+        words += ["--trainer.max_epochs", str(TARGET_EPOCHS), "--checkpoint.dirpath", scratch]
+        run(words, callbacks=[lines])
     accuracies = [epoch["val_accuracy"] for epoch in lines.epochs]
     return {"variant": variant, "seed": seed, "accuracies": accuracies, "seconds": round(time.monotonic() - began)}
 

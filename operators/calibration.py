@@ -4,12 +4,13 @@ import contextlib
 import copy
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.hooks import RemovableHandle
 
 from operators.angular import cosine
 from operators.conv import DecoupledConv2d
@@ -22,6 +23,9 @@ QUANTILES = (0.5, 0.9, 0.99, 0.999)
 
 # What the answers of an ordinary convolution and the cosines are, written as magnitudes.
 _PLAIN, _COSINE = Linear(weighting="linear"), Sphere()
+
+
+Module = TypeVar("Module", bound=nn.Module)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,12 +119,14 @@ def calibrate(model: nn.Module, batches: Batches, quantile: float = 0.99) -> tup
     - ``ρ`` becomes that quantile of the norms ``n`` of all patches, in all three radius modes;
     - ``α`` and ``β`` are multiplied by ``⟨y, y'⟩ / ⟨y, y⟩``, which brings the layer's answers ``y`` as near as a factor
       can to those ``y'`` of an ordinary convolution with the same filters;
-    - the running mean and variance of every BatchNorm become those of its inputs.
+    - BatchNorm's running mean moves by the difference, and its running variance by the ratio, between its inputs now
+      and in the network of ordinary convolutions: what it learned of the training images, which are more and were
+      augmented, stays.
 
-    It is meant for a network that was trained with ordinary convolutions and then converted, with the weighting
-    ``"linear"``: with another, filters lose their norms, which no factor of a whole layer brings back. All batches go
-    through the network at once; a few hundred images are enough. A layer that is used several times is fitted to its
-    first inputs.
+    It is meant for a network that was trained with ordinary convolutions and has just been converted, with the
+    weighting ``"linear"``: with another, filters lose their norms, which no factor of a whole layer brings back. To try
+    another quantile, calibrate another copy: BatchNorm's statistics do not go back. All batches go through the network
+    at once; a few hundred images are enough. A layer that is used several times is fitted to its first inputs.
 
     Args:
         batches: images as ``model`` takes them, (N, C, H, W), or tuples that begin with them, as loaders of images and
@@ -128,22 +134,39 @@ def calibrate(model: nn.Module, batches: Batches, quantile: float = 0.99) -> tup
         quantile: of the norms, in (0, 1]. The larger, the more nearly linear the operators of bounded magnitude are.
 
     Raises:
-        ValueError: no decoupled convolution, no image, a quantile outside (0, 1], or norms that are not finite; the
-            network is then what it was.
+        ValueError: no decoupled convolution or none that is used, no image, a quantile outside (0, 1], or norms that
+            are not finite; the network is then what it was.
     """
     if not 0 < quantile <= 1:
         raise ValueError(f"quantile is a share in (0, 1] of the patches, got {quantile}")
     names = _decoupled(model, "calibrate")
     images = torch.cat([_images_of(batch, model) for batch in _nonempty(batches, "calibrate")])
+    norms = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
+    plain: dict[_BatchNorm, _Moments] = {}
     fitted: dict[DecoupledConv2d, CalibratedLayer] = {}
+
+    def observe(norm: _BatchNorm, input: Tensor) -> None:
+        plain.setdefault(norm, _Moments.of(input))
 
     def fit(layer: DecoupledConv2d, input: Tensor) -> None:
         if layer not in fitted:
             beyond = _fit(layer, names[layer], input, quantile)
             fitted[layer] = CalibratedLayer(names[layer], str(layer.operator), beyond)
 
-    with _restoring_on_error(model), _evaluating(model), _re_estimating_batch_norms(model), _before_each(names, fit):
-        model(images)
+    def move(norm: _BatchNorm, input: Tensor) -> None:
+        # Once, also where a norm is used several times.
+        if before := plain.pop(norm, None):
+            now = _Moments.of(input)
+            norm.running_mean += now.mean - before.mean
+            norm.running_var *= (now.variance + norm.eps) / (before.variance + norm.eps)
+
+    with _restoring_on_error(model), _evaluating(model):
+        with _answering_as_ordinary(names), _before_each(norms, observe):
+            model(images)
+        with _before_each(names, fit), _before_each(norms, move):
+            model(images)
+        if not fitted:
+            raise ValueError(f"{type(model).__name__} does not use its decoupled convolutions in evaluation mode")
     layers = [
         fitted.get(layer) or CalibratedLayer(name, str(layer.operator), reason="not used")
         for layer, name in names.items()
@@ -171,8 +194,22 @@ def diagnose(model: nn.Module, batches: Batches) -> DiagnosisReport:
             images = _images_of(batch, model)
             model(images)
             count += len(images)
-    layers = [seen[layer].summary(layer, name) for layer, name in names.items() if seen[layer].norms]
+        # In evaluation mode, where a relative radius is that of the running mean.
+        layers = [seen[layer].summary(layer, name) for layer, name in names.items() if seen[layer].norms]
     return DiagnosisReport(count, tuple(layers))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Moments:
+    """The mean and variance of each channel of a BatchNorm's input."""
+
+    mean: Tensor
+    variance: Tensor
+
+    @classmethod
+    def of(cls, input: Tensor) -> "_Moments":
+        values = input.transpose(0, 1).flatten(1)
+        return cls(values.mean(1), values.var(1, correction=0))
 
 
 def _fit(layer: DecoupledConv2d, name: str, input: Tensor, quantile: float) -> float | None:
@@ -187,13 +224,16 @@ def _fit(layer: DecoupledConv2d, name: str, input: Tensor, quantile: float) -> f
             magnitude.running_norm.restart(n.mean())
             radius = math.sqrt(max(radius / n.mean().item() - RADIUS_FLOOR, RADIUS_FLOOR))
         _set(layer, radius=radius)
-    answer = layer.respond(input, magnitude, layer.angular).double()
-    wanted = layer.respond(input, _PLAIN, cosine).double()
-    energy = answer.square().sum().item()
+    energy = agreement = 0.0
+    # A few images at a time, for answers of all of them in double precision can be large.
+    for part in input.split(8):
+        answer = layer.respond(part, magnitude, layer.angular).double()
+        energy += answer.square().sum().item()
+        agreement += (answer * layer.respond(part, _PLAIN, cosine)).sum().item()
     # Without an answer, as to black images, any factor is as good.
-    factor = (answer * wanted).sum().item() / energy if energy else 1.0
-    for name in ("alpha", "beta") if magnitude.uses_beta else ("alpha",):
-        _set(layer, **{name: getattr(layer.operator, name) * factor})
+    factor = agreement / energy if energy else 1.0
+    for setting in ("alpha", "beta") if magnitude.uses_beta else ("alpha",):
+        _set(layer, **{setting: getattr(layer.operator, setting) * factor})
     return _share_beyond(layer, n)
 
 
@@ -314,28 +354,29 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _re_estimating_batch_norms(model: nn.Module) -> Iterator[None]:
-    """Let every BatchNorm take the mean and variance of what it is given, and nothing of what it had."""
-    norms = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
-    momenta = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.reset_running_stats()
-        # Without momentum the statistics are the mean over all batches, of which there is one.
-        norm.momentum = None
-        norm.train()
-    try:
+def _answering_as_ordinary(layers: Iterable[DecoupledConv2d]) -> Iterator[None]:
+    """Let decoupled convolutions answer what ordinary ones with the same filters would."""
+
+    def respond(layer: DecoupledConv2d, inputs: tuple[Tensor], answer: Tensor) -> Tensor:
+        return layer.respond(inputs[0], _PLAIN, cosine, layer.bias)
+
+    with _removing([layer.register_forward_hook(respond) for layer in layers]):
         yield
-    finally:
-        for norm, momentum in zip(norms, momenta, strict=True):
-            norm.momentum = momentum
 
 
 @contextlib.contextmanager
-def _before_each(
-    layers: Iterable[DecoupledConv2d], function: Callable[[DecoupledConv2d, Tensor], None]
-) -> Iterator[None]:
-    """Call ``function`` with each of the layers and its input, before it answers."""
-    handles = [layer.register_forward_pre_hook(lambda layer, inputs: function(layer, inputs[0])) for layer in layers]
+def _before_each(modules: Iterable[Module], function: Callable[[Module, Tensor], None]) -> Iterator[None]:
+    """Call ``function`` with each of the modules and its input, before it answers."""
+
+    def look(module: Module, inputs: tuple[Tensor]) -> None:
+        function(module, inputs[0])
+
+    with _removing([module.register_forward_pre_hook(look) for module in modules]):
+        yield
+
+
+@contextlib.contextmanager
+def _removing(handles: Sequence[RemovableHandle]) -> Iterator[None]:
     try:
         yield
     finally:

@@ -1,5 +1,10 @@
 """Settings of all tests: one thread, since small tensors gain nothing from more and a shared machine loses much."""
 
+import os
+
 import torch
+
+# No test waits for the Hugging Face Hub.
+os.environ["HF_HUB_OFFLINE"] = "1"
 
 torch.set_num_threads(1)

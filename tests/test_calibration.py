@@ -58,12 +58,11 @@ def training_images(digits) -> torch.Tensor:
 @pytest.mark.parametrize("magnitude", WITH_RADIUS)
 def test_each_radius_is_the_quantile_of_the_norms_that_calibrated_layers_before_it_give(magnitude, quantile):
     model, report = calibrate(converted(f"{magnitude}_cosine"), [images()], quantile)
-    # In the calibrating pass BatchNorm divides by the variance over N, afterwards by that over N - 1.
-    for place, layer, tolerance in zip((0, 3), report.layers, (1e-6, 1e-3), strict=True):
+    for place, layer in zip((0, 3), report.layers, strict=True):
         conv, x = model[place], model[:place](images()).detach().numpy()
         n = reference_norm(x, conv.kernel_size, conv.stride, conv.padding, groups=conv.groups)
         expected = np.quantile(n, quantile, method="inverted_cdf")
-        assert conv.operator.radius == pytest.approx(expected, rel=tolerance)
+        assert conv.operator.radius == pytest.approx(expected, rel=1e-5)
         assert conv.magnitude.radius == conv.operator.radius
         assert layer.beyond == pytest.approx(1 - quantile, abs=2 / n.size)
 
@@ -93,6 +92,8 @@ def test_the_ratio_of_the_two_slopes_stays_and_what_is_not_used_stays():
 def test_a_plain_convolution_in_disguise_is_not_changed():
     model, report = calibrate(converted("linear_cosine"), [images()])
     assert [layer.operator.alpha for layer in (model[0], model[3])] == pytest.approx([1, 1], abs=1e-6)
+    for name, value in small_network().state_dict().items():
+        torch.testing.assert_close(model.state_dict()[name], value)
     assert [layer.beyond for layer in report.layers] == [None, None]
 
 
@@ -110,13 +111,30 @@ def test_every_kind_of_radius_becomes_the_quantile(mode, relative):
     assert {name: id(parameter) for name, parameter in model.named_parameters()} == before
 
 
-def test_batch_norms_get_the_statistics_of_their_inputs():
-    model, _ = calibrate(converted("sphere_cosine"), [images(10), images(14)])
+def test_batch_norms_move_as_their_inputs_do():
     joined = torch.cat([images(10), images(14)])
+    plain = small_network()
+    for module in (plain[1], plain[4]):
+        module.running_mean.normal_()
+        module.running_var.uniform_(0.5, 2)
+    model, _ = convert_decoupled(copy.deepcopy(plain.eval()), {"name": "sphere_cosine", "weighting": "linear"})
+    model[0].aside = nn.BatchNorm2d(4)
+    before = copy.deepcopy(model[0].aside.state_dict())
+    calibrate(model, [images(10), (images(14), None)])
     for place in (1, 4):
-        inputs = model[:place](joined)
-        torch.testing.assert_close(model[place].running_mean, inputs.mean((0, 2, 3)), rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(model[place].running_var, inputs.var((0, 2, 3)), rtol=1e-4, atol=1e-6)
+        old, new = plain[:place](joined), model[:place](joined)
+        mean = plain[place].running_mean + new.mean((0, 2, 3)) - old.mean((0, 2, 3))
+        ratio = (new.var((0, 2, 3), correction=0) + 1e-5) / (old.var((0, 2, 3), correction=0) + 1e-5)
+        torch.testing.assert_close(model[place].running_mean, mean, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(model[place].running_var, plain[place].running_var * ratio, rtol=1e-4, atol=1e-6)
+    assert all(torch.equal(before[name], value) for name, value in model[0].aside.state_dict().items())
+
+
+def test_one_image_is_enough_for_a_network_whose_last_maps_are_single_pixels():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(4)).eval()
+    convert_decoupled(model, {"name": "tanh_cosine", "weighting": "linear"})
+    calibrate(model, [images(1)])
+    assert all(value.isfinite().all() for value in model.state_dict().values())
 
 
 def test_what_is_not_calibrated_stays():
@@ -168,6 +186,11 @@ def test_wrong_arguments_name_the_value():
             calibrate(converted("tanh_cosine"), [images()], quantile)
     with pytest.raises(ValueError, match="nothing to calibrate: Sequential has no DecoupledConv2d"):
         calibrate(small_network(), [images()])
+    unused = nn.Sequential(nn.ReLU())
+    unused.spare = nn.ModuleList([nn.Conv2d(3, 3, 1)])
+    unused.forward = torch.relu
+    with pytest.raises(ValueError, match="Sequential does not use its decoupled convolutions"):
+        calibrate(convert_decoupled(unused, "tanh_cosine")[0], [images()])
     with pytest.raises(ValueError, match="diagnose needs at least one batch"):
         diagnose(converted("tanh_cosine"), [])
     with pytest.raises(TypeError, match="tensor of images.*got str"):
@@ -204,12 +227,19 @@ def test_diagnose_agrees_with_the_definition(mode):
     assert str(report).count("\n") == 3 and "cos spread" in str(report)
 
 
-def test_diagnose_changes_nothing_and_shows_no_radius_where_there_is_none():
-    model = converted("log_cosine").train()
+@pytest.mark.parametrize("relative", [False, True])
+def test_diagnose_changes_nothing(relative):
+    model = converted("tanh_cosine", radius_relative=relative, radius_mode="learned").train()
     before = copy.deepcopy(model.state_dict())
     layer = diagnose(model, [images()]).layers[0]
-    assert (layer.radius, layer.beyond) == (None, None) and model.training
+    # The running mean is 1 before the first step, and r is 1.
+    assert layer.radius == pytest.approx(1.0001 if relative else 1) and model.training
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+def test_diagnose_shows_no_radius_where_there_is_none():
+    layer = diagnose(converted("log_cosine"), [images()]).layers[0]
+    assert (layer.radius, layer.beyond) == (None, None)
 
 
 @pytest.mark.parametrize("magnitude", MAGNITUDES)

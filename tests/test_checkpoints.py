@@ -278,8 +278,26 @@ def test_the_code_of_the_card_runs(folder, tmp_path, monkeypatch):
 def test_an_unknown_name_lists_the_legal_ones_and_the_nearest():
     with pytest.raises(ValueError, match=f"unknown checkpoint 'digits_cnn6_tan_cosine'. Did you mean '{NAME}'"):
         zoo.load("digits_cnn6_tan_cosine")
-    with pytest.raises(ValueError, match="hf download owner/name --local-dir"):
+    with pytest.raises(ValueError, match="As a Hub repository it cannot be had, for it is misspelt, private or gated"):
         zoo.load("owner/name")
+
+
+def test_a_repository_is_taken_from_the_cache_of_the_hub(tmp_path, monkeypatch):
+    commit = "1" * 40
+    repository = tmp_path / "models--owner--name"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs/main").write_text(commit)
+    shutil.copytree(PRETRAINED / NAME, repository / "snapshots" / commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    images = torch.rand(2, 1, 8, 8)
+    assert torch.equal(zoo.load("owner/name")(images), zoo.load(NAME)(images))
+
+
+def test_a_misspelt_path_is_no_repository(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("outputs").mkdir()
+    with pytest.raises(ValueError, match="Or give the path of a folder.$"):
+        zoo.load("outputs/photo")
 
 
 def test_verify_finds_what_is_not_as_claimed(tmp_path):

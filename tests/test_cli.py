@@ -245,6 +245,38 @@ def test_images_are_read_as_the_network_that_one_starts_from_takes_them(run, wor
     assert status == 0, errors
 
 
+def test_a_run_that_started_from_a_network_goes_on_with_its_configuration_file(run):
+    recipe = {"init_from": "digits_cnn6_conv", "operator": "tanh_cosine", "calibrate": 0.9, "learning_rate": 0.001}
+    Path("recipe.yaml").write_text(yaml.safe_dump({"model": recipe}))
+    path = fit(run, "--config", "recipe.yaml")
+    spec = torch.load(path, weights_only=True)["decoupled_zoo"]["spec"]
+    for epochs in (2, 3):
+        words = ["--config", "recipe.yaml", "--ckpt_path", path, *SHORT, "--trainer.max_epochs", epochs]
+        status, _, errors = run("fit", *words)
+        assert status == 0, errors
+        record = torch.load(path, weights_only=True)["decoupled_zoo"]
+        assert record["training"]["epochs"] == epochs and record["spec"] == spec
+        assert record["source"] == {"name": "digits_cnn6_conv", "licence": "CC-BY-4.0"}
+    status, _, errors = run("fit", "--ckpt_path", path, "--model.init_from", "mnist_cnn6_conv")
+    assert status == 1 and "is of a run that started from digits_cnn6_conv, not from mnist_cnn6_conv" in errors
+    other = fit(run, "--checkpoint.dirpath", "other")
+    status, _, errors = run("fit", "--ckpt_path", "other/last.ckpt", "--config", "recipe.yaml")
+    assert status == 1 and "started from a network of its own, not from digits_cnn6_conv" in errors, other
+
+
+def test_a_checkpoint_of_an_earlier_version_goes_on(run):
+    path = fit(run)
+    checkpoint = torch.load(path, weights_only=True)
+    settings = checkpoint["decoupled_zoo"]["model"]
+    for name in ("init_from", "calibrate", "freeze_epochs", "backbone_learning_rate", "mixup"):
+        del settings[name]
+    settings["pretrained"] = None
+    del checkpoint["decoupled_zoo"]["source"]
+    torch.save(checkpoint, path)
+    status, _, errors = run("fit", "--ckpt_path", path, *SHORT, "--trainer.max_epochs", 2)
+    assert status == 0, errors
+
+
 def test_fine_tuning_on_photographs_then_predicting_without_them(run, monkeypatch):
     photos = make_photos(Path("photos"), count=8)
     config = ROOT / "configs/finetune.yaml"
@@ -381,12 +413,23 @@ WRONG = {
         "fit --model.init_from digits_cnn6_tanh_cosine --model.operator ball_cosine",
         "tanh_cosine already: leave out the operator, or start from its plain twin",
     ),
-    "calibrate nothing": ("fit --model.calibrate 0.99", "calibrate fits a trained network"),
+    "calibrate nothing": ("fit --model.calibrate 0.99", "calibrate fits a trained plain network"),
     "calibrate a plain network": (
         "fit --model.init_from digits_cnn6_conv --model.calibrate 0.99",
-        "nothing to calibrate",
+        "needs init_from, which names the network, and operator",
     ),
-    "quantile": ("fit --model.init_from digits_cnn6_conv --model.calibrate 2", "calibrate is a quantile in (0, 1]"),
+    "operator of a network as it is": (
+        "test --model.init_from digits_cnn6_conv --model.operator ball_cosine",
+        "test measures a network as it is, but operator and calibrate say how training begins",
+    ),
+    "plain": (
+        "fit --model.init_from digits_cnn6_tanh_cosine --model.operator conv",
+        "is tanh_cosine; to train a plain network, start from its twin",
+    ),
+    "quantile": (
+        "fit --model.init_from digits_cnn6_conv --model.operator mix_cosine --model.calibrate 2",
+        "calibrate is a quantile in (0, 1]",
+    ),
     "classes": (
         "fit --model.architecture_args.num_classes 5",
         "num_classes=5, but there are 10 class names",

@@ -25,9 +25,10 @@ from zoo.classifier import CALIBRATION_IMAGES, origin
 from zoo.cli import interrupted, readable_errors
 from zoo.data import Digits, decode, find_images
 from zoo.export import export, recorded_data
+from zoo.models import PLAIN
 from zoo.plots import plot_operators, plot_predictions
 from zoo.reports import write_reports
-from zoo.sources import convert, start_from
+from zoo.sources import convert, licence_of, start_from
 from zoo.tables import RESULTS, list_tables, read_table, result_path, run_table
 from zoo.training import LEAST_SECONDS, Device, train_zoo
 
@@ -70,13 +71,15 @@ def main() -> None:
     command.description = "Convert a trained plain network, save it as a checkpoint folder, and show the report."
     command.add_argument("source", help="timm:NAME, a checkpoint of the zoo, a folder, or a Hub repository")
     command.add_argument("name", help="<data>_<architecture>_<operator>, e.g. imagenet_resnet50_tanh_cosine")
-    command.add_argument("--operator", help="the operator; by default that in NAME, weighted by the filters' norms")
+    command.add_argument(
+        "--operator", help="the operator, weighted by the filters' norms, or conv; by default that in NAME"
+    )
     command.add_argument("--weights", type=Path, help="a file (.safetensors, .pth) with the weights of timm:NAME")
     command.add_argument("--images", type=Path, help="a file or folder of images to calibrate the network on")
     command.add_argument(
         "--quantile", type=float, default=0.99, help="of the norms that become the radius (default: %(default)s)"
     )
-    command.add_argument("--licence", default="not stated", help="of the weights (default: %(default)s)")
+    command.add_argument("--licence", help="of the weights; by default that of the source, if it is known")
     command.add_argument("--to", type=Path, default=Path("outputs"), help="parent of the new folder (default: outputs)")
     command.add_argument("--overwrite", action="store_true", help="replace a folder that exists")
     command.set_defaults(function=convert_checkpoint)
@@ -188,13 +191,13 @@ def convert_checkpoint(arguments: argparse.Namespace) -> None:
     model = start_from(arguments.source, weights=arguments.weights)
     architecture = model.spec.architecture
     operator = arguments.operator or arguments.name.rpartition(f"_{architecture}_")[2]
-    report = convert(model, operator)
+    report = None if operator == PLAIN else convert(model, operator)
     expected = f"_{architecture}_{model.spec.operator_name}"
     if not arguments.name.endswith(expected):
         raise ValueError(f"a checkpoint of this network is called <data>{expected}, got {arguments.name!r}")
-    table = Table("layer", "kind", "outcome", title=str(report.operator))
-    for layer in report.layers:
-        table.add_row(layer.name, layer.kind, "converted" if layer.converted else layer.reason)
+    calibration = "not calibrated (--images), so train it before use"
+    if report is None and arguments.images:
+        raise ValueError("a plain network is not calibrated; leave out --images, or choose an operator")
     if arguments.images:
         files = find_images(arguments.images)
         # Evenly spaced, for they are sorted by folder, which may mean by class.
@@ -203,9 +206,15 @@ def convert_checkpoint(arguments: argparse.Namespace) -> None:
         _, calibration = calibrate(model, [to_float(images)], arguments.quantile)
     command = shlex.join(["python", "-m", "zoo", *sys.argv[1:]])
     training = {"converted_from": arguments.source, "command": command, **origin(torch.device("cpu"))}
-    zoo.save(model, folder, training=training, licence=arguments.licence, overwrite=arguments.overwrite)
-    Console().print(table)
-    print(calibration if arguments.images else "not calibrated (--images), so train it before use")
+    # Of weights in a file nothing is known.
+    licence = arguments.licence or ("not stated" if arguments.weights else licence_of(arguments.source))
+    zoo.save(model, folder, training=training, licence=licence, overwrite=arguments.overwrite)
+    if report is not None:
+        table = Table("layer", "kind", "outcome", title=str(report.operator))
+        for layer in report.layers:
+            table.add_row(layer.name, layer.kind, "converted" if layer.converted else layer.reason)
+        Console().print(table)
+        print(calibration)
     print(f"written: {folder}")
 
 

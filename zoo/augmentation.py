@@ -1,4 +1,4 @@
-"""Random changes of training images, of a whole batch at once and on the device where it lies."""
+"""Random changes of training images, batch by batch and on the device where they lie."""
 
 from typing import Literal, get_args
 

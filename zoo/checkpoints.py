@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import safetensors
 import safetensors.torch
 import torch
@@ -69,7 +70,8 @@ def load(
     """Return the model of a checkpoint, in evaluation mode.
 
     Args:
-        where: the name of an embedded checkpoint (see :func:`list_checkpoints`) or the path of a checkpoint folder.
+        where: the name of an embedded checkpoint (see :func:`list_checkpoints`), the path of a checkpoint folder, or a
+            Hub repository, ``"owner/name"``.
         num_classes: another number gives the model a fresh, untrained classifier, and says so.
         in_chans: another number spreads the first convolution's filters over that many channels, and says so. Images
             with equal channels then get the answers they had: exactly so from one channel, and for ordinary
@@ -259,12 +261,12 @@ def fingerprint(model: ImageModel) -> list[list[float]]:
 
 
 def find(where: str | os.PathLike[str]) -> Path:
-    """Return the folder of an embedded checkpoint's name or of a path.
+    """Return the folder of an embedded checkpoint's name, of a path, or of a Hub repository, fetched if need be.
 
     A string that is such a name stands for that checkpoint; ``"./NAME"`` and ``Path("NAME")`` are folders.
 
     Raises:
-        ValueError: neither; the message lists the names and the nearest one.
+        ValueError: none of these; the message lists the names and the nearest one.
     """
     name = os.fspath(where)
     if isinstance(where, str) and name in list_checkpoints():
@@ -276,10 +278,18 @@ def find(where: str | os.PathLike[str]) -> Path:
             f"{name} is a file, but a checkpoint is a folder; python -m zoo export makes one of a Lightning checkpoint "
             "(best.ckpt, last.ckpt)"
         )
-    hint = ""
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        hint = f" If it is a Hub repository, fetch its folder first: hf download {name} --local-dir FOLDER."
-    raise ValueError(unknown_name("checkpoint", name, list_checkpoints()) + " Or give the path of a folder." + hint)
+    message = unknown_name("checkpoint", name, list_checkpoints()) + " Or give the path of a folder."
+    # A path in a folder that exists is a misspelt path.
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or Path(name).parent.is_dir():
+        raise ValueError(message)
+    try:
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=[CONFIG, WEIGHTS, CARD]))
+    # The Hub's client, and what it is made of, have no error in common.
+    except Exception as error:
+        raise ValueError(
+            f"{message} As a Hub repository it cannot be had, for it is misspelt, private or gated, or there is no "
+            f"network ({type(error).__name__}: {error})"
+        ) from error
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import lightning as L
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
@@ -25,10 +26,13 @@ from operators.convert import classifier_layers
 from zoo.checkpoints import CONFIG, list_checkpoints
 from zoo.data import ImageData
 from zoo.models import PLAIN, ImageModel, ModelSpec, build, decoupled_layers
-from zoo.sources import convert, start_from
+from zoo.sources import convert, licence_of, start_from
 
 # Training images whose norms a converted network is fitted to.
 CALIBRATION_IMAGES = 256
+
+# What settings of the optimiser that came later were before.
+UNUSED = {"freeze_epochs": 0}
 
 # Where a Lightning checkpoint keeps what is needed to export it; plain values only.
 RECORD = "decoupled_zoo"
@@ -49,8 +53,8 @@ class Classifier(L.LightningModule):
         init_from: the trained network to start from, in place of architecture and architecture_args: a checkpoint of
             the zoo, a checkpoint folder, a Hub repository (owner/name), or timm:NAME for weights that timm fetches. It
             gets a fresh classifier if its classes are not those of the images.
-        calibrate: fit the converted layers, before training, to that quantile of the norms that training images have,
-            e.g. 0.99; not done by default.
+        calibrate: fit layers that were just converted, before training, to that quantile of the norms that training
+            images have, e.g. 0.99; not done by default.
         optimizer: "sgd" (with Nesterov momentum 0.9) or "adamw".
         learning_rate: the highest learning rate.
         backbone_learning_rate: that of all but the classifier; the same by default.
@@ -109,8 +113,11 @@ class Classifier(L.LightningModule):
                 raise ValueError(f"{name} must be more than 0, got {value}")
         if calibrate is not None and not 0 < calibrate <= 1:
             raise ValueError(f"calibrate is a quantile in (0, 1], got {calibrate}")
-        if calibrate is not None and not init_from:
-            raise ValueError("calibrate fits a trained network to its images; name one (init_from), or leave it out")
+        if calibrate is not None and (not init_from or operator in (None, PLAIN)):
+            raise ValueError(
+                "calibrate fits a trained plain network, just converted, to its images: it needs init_from, which "
+                "names the network, and operator"
+            )
         own = {"architecture": architecture, "architecture_args": architecture_args}
         if init_from and (ignored := [name for name, value in own.items() if value]):
             raise ValueError(
@@ -123,6 +130,8 @@ class Classifier(L.LightningModule):
         self.command = shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
         self.earlier_commands: list[str] = []
         self.resumed_step: int | None = None
+        # Name and licence of the weights that training started from.
+        self.source: dict[str, str] | None = None
 
     def setup(self, stage: str) -> None:
         data = self._data()
@@ -191,11 +200,11 @@ class Classifier(L.LightningModule):
         if not self.hparams.freeze_epochs:
             return
         # BatchNorm's statistics are frozen, too.
-        self.model.train(not self._frozen)
+        self.model.network.train(not self._frozen)
         for layer in classifier_layers(self.model.network):
             layer.train()
-        # Several processes agree at the start on whose gradients they exchange: there, gradients are dropped instead.
-        if self.trainer.world_size == 1:
+        # Processes that exchange gradients agree on which at the start: there, they are dropped after the exchange.
+        if isinstance(self.trainer.strategy, SingleDeviceStrategy):
             for parameter in self._backbone():
                 parameter.requires_grad_(not self._frozen)
 
@@ -221,6 +230,7 @@ class Classifier(L.LightningModule):
             "model": _own(self.hparams),
             "data": {"name": type(data).__name__, "arguments": _own(data.hparams)},
             "trainer": {"max_epochs": self.trainer.max_epochs},
+            "source": self.source,
             "training": {
                 "epochs": self.current_epoch + 1,
                 "command": " && ".join([*self.earlier_commands, self.command]),
@@ -235,7 +245,7 @@ class Classifier(L.LightningModule):
         stage = self.trainer.state.fn if self._trainer else "predict"
         if stage != "predict":
             held, asked = _identity(spec), _identity(self.model.spec)
-            if held != asked:
+            if held != asked or spec.operator != self.model.spec.operator:
                 raise ValueError(
                     f"the checkpoint holds {held}, but {asked} was asked for; leave out the --model and --data options "
                     "to go on with the checkpoint's network, or leave out --ckpt_path to train a new one"
@@ -245,6 +255,7 @@ class Classifier(L.LightningModule):
             self._check_optimizer(record["model"])
             self.earlier_commands = [record["training"]["command"]]
             self.resumed_step = checkpoint["global_step"]
+            self.source = record.get("source")
         # Built again, for the checkpoint's normalisation is part of its spec and not among its weights.
         self._set_model(spec.build())
         if stage == "predict" and self._trainer:
@@ -283,7 +294,8 @@ class Classifier(L.LightningModule):
             "weight_decay",
             "decay_decoupled_filters",
         )
-        if changed := [name for name in kept if old[name] != self.hparams[name]]:
+        # Settings that an earlier version did not have were not used.
+        if changed := [name for name in kept if old.get(name, UNUSED.get(name)) != self.hparams[name]]:
             raise ValueError(
                 f"{', '.join(changed)} cannot change when a run goes on (--ckpt_path); to start from its weights, "
                 "export it (python -m zoo export) and train with --model.init_from"
@@ -292,15 +304,26 @@ class Classifier(L.LightningModule):
     def _build(self, data: ImageData, stage: str) -> ImageModel:
         settings = self.hparams
         if settings.init_from and stage != "fit":
+            if settings.operator or settings.calibrate is not None:
+                raise ValueError(
+                    f"{self.trainer.state.fn.value} measures a network as it is, but operator and calibrate say how "
+                    "training begins; leave them out, or make the converted network first (python -m zoo convert)"
+                )
             return start_from(settings.init_from)
         if settings.init_from:
             model = start_from(settings.init_from, in_chans=data.in_chans, input_size=data.input_size)
+            self.source = {"name": settings.init_from, "licence": licence_of(settings.init_from)}
             if settings.operator not in (None, PLAIN):
                 report = convert(model, settings.operator)
                 done, left = len(report.converted), len(report.skipped)
                 rank_zero_info(f"{report.operator}: {done} convolutions converted, {left} left as they are")
-            if settings.calibrate is not None:
-                calibrate(model, [data.sample(CALIBRATION_IMAGES)], settings.calibrate)
+                if settings.calibrate is not None:
+                    _, calibration = calibrate(model, [data.sample(CALIBRATION_IMAGES)], settings.calibrate)
+                    rank_zero_info(str(calibration))
+            elif settings.operator == PLAIN and model.spec.operator is not None:
+                raise ValueError(
+                    f"{settings.init_from} is {model.spec.operator_name}; to train a plain network, start from its twin"
+                )
             if model.class_names != tuple(data.class_names):
                 model.reset_classifier(data.class_names)
             return model.train()

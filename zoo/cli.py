@@ -10,7 +10,7 @@ import re
 import shlex
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -132,11 +132,25 @@ class ZooCLI(LightningCLI):
                 f"{self.subcommand} needs a trained network: --ckpt_path outputs/.../best.ckpt (what fit wrote), or "
                 "--model.init_from NAME (a checkpoint of the zoo)"
             )
+        if settings.ckpt_path and settings.model.init_from:
+            self._go_on_with_what_was_started(settings)
         arguments = settings.data.init_args
         if settings.model.init_from and "input_size" in arguments:
             in_chans, input_size = shape_of(settings.model.init_from)
             arguments.in_chans = arguments.in_chans or in_chans
             arguments.input_size = arguments.input_size or input_size
+
+    def _go_on_with_what_was_started(self, settings: Namespace) -> None:
+        """Leave to the checkpoint what a configuration file says of the network that its run started from."""
+        record = read_record(read_lightning_checkpoint(settings.ckpt_path))
+        started_from = (record.get("source") or {}).get("name")
+        if settings.model.init_from != started_from:
+            raise ValueError(
+                f"{settings.ckpt_path} is of a run that started from {started_from or 'a network of its own'}, not "
+                f"from {settings.model.init_from}; leave out --model.init_from to go on with it, or --ckpt_path"
+            )
+        for name, value in network_settings(record).items():
+            settings.model[name] = value
 
     def after_instantiate_classes(self) -> None:
         self.model.command = self.command
@@ -206,14 +220,9 @@ def checkpoint_settings(arguments: Sequence[str]) -> list[str]:
     if known.ckpt_path is None:
         return []
     record = read_record(read_lightning_checkpoint(known.ckpt_path))
-    model = {
-        **record["model"],
-        "init_from": None,
-        "calibrate": None,
-        "architecture": record["spec"]["architecture"],
-        "architecture_args": record["spec"]["model_args"],
-        "operator": record["spec"]["operator"],
-    }
+    # Settings of earlier versions that there are no more had been used when the run began.
+    kept = record["model"].keys() & inspect.signature(Classifier).parameters.keys()
+    model = {name: record["model"][name] for name in kept} | network_settings(record)
     folder = os.path.dirname(os.path.abspath(known.ckpt_path))
     # Nothing but tensors and plain values is unpickled.
     settings = ["--weights_only", "true", "--model", json.dumps(model), "--checkpoint.dirpath", folder]
@@ -224,6 +233,13 @@ def checkpoint_settings(arguments: Sequence[str]) -> list[str]:
         data = {"class_path": f"{kind.__module__}.{kind.__name__}", "init_args": record["data"]["arguments"]}
         settings += ["--data", json.dumps(data)]
     return settings
+
+
+def network_settings(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of ``Classifier`` that build a checkpoint's network, whatever its run started from."""
+    spec = record["spec"]
+    network = {"architecture": spec["architecture"], "architecture_args": spec["model_args"]}
+    return {**network, "operator": spec["operator"], "init_from": None, "calibrate": None}
 
 
 @contextlib.contextmanager

@@ -59,7 +59,12 @@ def export(
         value, images = zoo.accuracy(model, data.evaluation_batches(split))
         metrics.append(zoo.Metric("accuracy", value, data.title, split, images))
     training = {**record["training"], "data": _portable(record["data"])}
-    settings = {"licence": data.licence, "precision": precision, "overwrite": overwrite}
+    licence = data.licence
+    if source := record.get("source"):
+        training["started_from"] = source["name"]
+        if source["licence"] != licence:
+            licence = f"{licence} (images), {source['licence']} ({source['name']})"
+    settings = {"licence": licence, "precision": precision, "overwrite": overwrite}
     zoo.save(model, folder, metrics=metrics, training=training, **settings)
     return metrics
 

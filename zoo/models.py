@@ -143,9 +143,11 @@ class ImageModel(nn.Module):
 
     def describe(self) -> ModelSpec:
         """Return ``spec`` with the settings that single layers have of their own, as :func:`calibrate` gives them."""
-        usual = self.spec.operator.to_dict() if self.spec.operator else {}
+        if self.spec.operator is None:
+            return self.spec
+        usual = self.spec.operator.to_dict()
         own = {
-            name: {field: value for field, value in layer.operator.to_dict().items() if value != usual.get(field)}
+            name: {field: value for field, value in layer.operator.to_dict().items() if value != usual[field]}
             for name, layer in decoupled_layers(self.network).items()
         }
         return dataclasses.replace(self.spec, layer_settings={name: values for name, values in own.items() if values})
@@ -229,8 +231,8 @@ def build(
         input_size: height and width of the images, in pixels; by default what the architecture is made for. An
             architecture of fixed size, such as a vision transformer, is built for this one.
         class_names: one for each class; ``"0"``, ``"1"``, ... by default.
-        mean, std: of the pixels in [0, 1], one for each channel; by default for RGB those of the weights, if they are
-            ``pretrained``, or ImageNet's, else 0.5 and 0.25.
+        mean, std: of the pixels in [0, 1], one for each channel; by default those of the weights, if they are
+            ``pretrained``, else ImageNet's for RGB, else 0.5 and 0.25.
         architecture_args: further arguments of the architecture, e.g. ``batch_norm=False``.
 
     Raises:
@@ -251,8 +253,10 @@ def build(
     default_mean, default_std = (IMAGENET_MEAN, IMAGENET_STD) if rgb else ([0.5] * in_chans, [0.25] * in_chans)
     # Pretrained weights expect the pixels that they were trained on.
     made_for = getattr(network, "pretrained_cfg", None) if architecture_args.get("pretrained") else None
-    if made_for and rgb:
+    if made_for:
         default_mean, default_std = made_for["mean"], made_for["std"]
+        if not rgb:
+            default_mean, default_std = ([sum(values) / 3] * in_chans for values in (default_mean, default_std))
     spec = ModelSpec(
         architecture=architecture,
         operator=config,
@@ -325,8 +329,10 @@ def _build_timm_network(architecture: str, input_size: int | None, arguments: di
         return timm.create_model(architecture, **arguments)
     try:
         return timm.create_model(architecture, **{"img_size": input_size, **arguments})
-    # How timm says that patches or windows do not fit into the image.
+    # How timm says that patches or windows do not fit into the image; or that it has no weights.
     except (AssertionError, RuntimeError, ZeroDivisionError) as error:
+        if "No pretrained weights" in str(error):
+            raise
         raise _size_error(architecture, made_for.input_size[-1], input_size, error) from error
 
 

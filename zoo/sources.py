@@ -9,6 +9,7 @@ from typing import Any
 import timm
 import timm.data
 import timm.models
+from timm.models import PretrainedCfg
 
 from operators import ConversionReport, OperatorConfig, convert_decoupled
 from operators.lookup import unknown_name
@@ -59,10 +60,22 @@ def shape_of(where: str | os.PathLike[str]) -> tuple[int, int]:
     """
     name = os.fspath(where)
     if name.startswith(TIMM):
-        made_for = timm.get_pretrained_cfg(_timm_name(name.removeprefix(TIMM)))
+        made_for = _timm_config(name.removeprefix(TIMM))
         return made_for.input_size[0], made_for.input_size[-1]
     config = read_config(find(where))
     return config["in_chans"], config["input_size"]
+
+
+def licence_of(where: str | os.PathLike[str]) -> str:
+    """Return the licence of a network's weights as it is recorded, or "not stated".
+
+    Raises:
+        ValueError: no such network.
+    """
+    name = os.fspath(where)
+    if name.startswith(TIMM):
+        return _timm_config(name.removeprefix(TIMM)).license or "not stated"
+    return read_config(find(where))["licence"]
 
 
 def convert(model: ImageModel, operator: OperatorConfig | str | Mapping[str, Any]) -> ConversionReport:
@@ -86,21 +99,27 @@ def convert(model: ImageModel, operator: OperatorConfig | str | Mapping[str, Any
     return report
 
 
-def _timm_name(name: str) -> str:
-    if not timm.is_model(name) or name in ARCHITECTURES:
+def _timm_config(name: str) -> PretrainedCfg:
+    """Return what timm knows of the weights of an architecture, or of the tag after its name."""
+    architecture, _, tag = name.partition(".")
+    if not timm.is_model(architecture) or architecture in ARCHITECTURES:
         raise ValueError(unknown_name("network of timm", name, ["resnet10t", "resnet50"], unlisted=timm.list_models()))
-    return name
+    tags = [known.partition(".")[2] for known in timm.list_pretrained(f"{architecture}.*")]
+    if tag and tag not in tags:
+        raise ValueError(unknown_name(f"tag of {architecture}", tag, tags))
+    return timm.get_pretrained_cfg(name)
 
 
 def _from_timm(
     name: str, in_chans: int | None, input_size: int | None, weights: str | os.PathLike[str] | None
 ) -> ImageModel:
-    made_for = timm.get_pretrained_cfg(_timm_name(name))
+    made_for = _timm_config(name)
     # The tag after the dot names the weights; the network is the same without it.
     architecture = name.partition(".")[0]
     if weights is not None:
-        return _with_weights(architecture, in_chans, input_size, Path(weights))
-    names = _class_names(made_for.num_classes)
+        return _with_weights(architecture, made_for, in_chans, input_size, Path(weights))
+    # Weights without a classifier are good to start from, too.
+    names = _imagenet_names(made_for.num_classes or 1)
     try:
         model = build(
             name, class_names=names, in_chans=in_chans or made_for.input_size[0], input_size=input_size, pretrained=True
@@ -117,7 +136,9 @@ def _from_timm(
     return model
 
 
-def _with_weights(architecture: str, in_chans: int | None, input_size: int | None, weights: Path) -> ImageModel:
+def _with_weights(
+    architecture: str, made_for: PretrainedCfg, in_chans: int | None, input_size: int | None, weights: Path
+) -> ImageModel:
     if not weights.is_file():
         raise FileNotFoundError(f"no file {weights}; weights are a file that ends in .safetensors or .pth")
     try:
@@ -125,7 +146,6 @@ def _with_weights(architecture: str, in_chans: int | None, input_size: int | Non
     # A damaged file fails in as many ways as there are formats.
     except Exception as error:
         raise ValueError(f"{weights} cannot be read as weights ({type(error).__name__}: {error})") from error
-    made_for = timm.get_pretrained_cfg(architecture)
     classes = _rows(tensors, made_for.classifier, 0) or made_for.num_classes
     channels = _rows(tensors, made_for.first_conv, 1) or made_for.input_size[0]
     if in_chans not in (None, channels):
@@ -133,9 +153,13 @@ def _with_weights(architecture: str, in_chans: int | None, input_size: int | Non
     settings = {"in_chans": channels, "input_size": input_size}
     if channels == 3:
         settings |= {"mean": made_for.mean, "std": made_for.std}
-    model = build(architecture, class_names=_class_names(classes), **settings)
+    model = build(architecture, class_names=_imagenet_names(classes), **settings)
     tensors = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
-    if problems := misfits(tensors, model.network.state_dict()):
+    expected = model.network.state_dict()
+    # Files of before torch counted BatchNorm's batches.
+    counters = {name: value for name, value in expected.items() if name.endswith("num_batches_tracked")}
+    tensors = counters | tensors
+    if problems := misfits(tensors, expected):
         raise ValueError(f"{weights} does not fit {architecture}: {listed(problems)}")
     model.network.load_state_dict(tensors)
     return model
@@ -148,7 +172,7 @@ def _rows(tensors: Mapping[str, Any], layers: str | tuple[str, ...] | None, dime
     return None if weight is None else weight.shape[dimension]
 
 
-def _class_names(count: int) -> list[str]:
+def _imagenet_names(count: int) -> list[str]:
     """Return ImageNet's names for ImageNet's number of classes, else ``"0"``, ``"1"``, ..."""
     # timm tells the subset by the number of a network's classes.
     subset = timm.data.infer_imagenet_subset({"num_classes": count})
