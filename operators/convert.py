@@ -114,9 +114,9 @@ def convert_decoupled(
 
     Args:
         operator: a name such as ``"tanh_cosine"``, an :class:`OperatorConfig`, or a mapping of its fields.
-        filter_fn: ``filter_fn(module, name)`` says whether a convolution is converted; one that is used under several
-            names is converted if any of them is chosen. By default everything is, but gates (squeeze-excite and its
-            kin) and a convolution that is the classifier.
+        filter_fn: ``filter_fn(module, name)`` says whether a convolution, of any number of dimensions, is converted;
+            one that is used under several names is converted if any of them is chosen. By default everything is, but
+            gates (squeeze-excite and its kin) and a convolution that is the classifier.
         strict: refuse a network of which some convolution would stay plain, unless ``filter_fn`` left it out.
 
     Raises:

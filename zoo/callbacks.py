@@ -42,9 +42,11 @@ class WeightProjection(Callback):
         step = trainer.global_step
         # With gradient accumulation, several batches end at the same step.
         if step != self.last_step and step % self.every_n_steps == 0:
+            # Frozen filters have no gradient, and stay.
             for layer in decoupled_layers(module).values():
-                with torch.no_grad():
-                    layer.weight /= filter_norm(layer.weight, eps=layer.operator.eps)
+                if layer.weight.grad is not None:
+                    with torch.no_grad():
+                        layer.weight /= filter_norm(layer.weight, eps=layer.operator.eps)
         self.last_step = step
 
     def state_dict(self) -> dict[str, int]:

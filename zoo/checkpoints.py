@@ -75,7 +75,7 @@ def load(
         num_classes: another number gives the model a fresh, untrained classifier, and says so.
         in_chans: another number spreads the first convolution's filters over that many channels, and says so. Images
             with equal channels then get the answers they had: exactly so from one channel, and for ordinary
-            convolutions from several.
+            convolutions from several; not where weights are standardised.
         device: where the model is put; the CPU by default.
 
     Raises:

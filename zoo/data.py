@@ -1,7 +1,7 @@
 """Lightning data modules: scikit-learn's digits, MNIST, CIFAR, and any folder of images.
 
-Images travel as uint8 and become floats in [0, 1] on the device, where a whole batch is augmented at once. A set that
-is small enough lies there as one tensor, and no worker process is needed.
+Images travel as uint8 and become floats in [0, 1] on the device, where they are augmented batch by batch. A set that is
+small enough lies there as one tensor, and no worker process is needed.
 """
 
 import abc
