@@ -39,7 +39,10 @@ def sweep_summary(record: Mapping[str, Any]) -> str:
         f"timm {record['timm']}, torch {record['torch']}: {len(rows)} modules, {len(with_convolutions)} of them with "
         f"convolutions, of which {len(with_convolutions) - len(failed)} pass every check."
     ]
-    lines += [f"- `{module}` ({rows[module]['architecture']}): {'; '.join(why)}" for module, why in failed.items()]
+    lines += [
+        "",
+        *(f"- `{module}` ({rows[module]['architecture']}): {'; '.join(why)}" for module, why in failed.items()),
+    ]
     without = ", ".join(f"`{module}`" for module, row in rows.items() if "checks" not in row)
     return "\n".join([*lines, "", f"Without convolutions: {without}."])
 

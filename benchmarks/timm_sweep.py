@@ -70,6 +70,12 @@ class Case:
         with torch.no_grad():
             return cls(architecture, arguments, network, images, network(images))
 
+    def double(self) -> "Case":
+        """Return the same case in double precision."""
+        network, images = copy.deepcopy(self.network).double(), self.images.double()
+        with torch.no_grad():
+            return dataclasses.replace(self, network=network, images=images, answer=network(images))
+
     def converted(self, operator: OperatorConfig | str) -> tuple[nn.Module, ConversionReport]:
         return convert_decoupled(copy.deepcopy(self.network), operator)
 
@@ -103,7 +109,13 @@ def identity(case: Case) -> str:
     """``linear_cosine`` weighted ``linear`` answers what the plain network answers; the relative difference."""
     difference = relative_difference(case.converted(IDENTITY)[0], case)
     if not difference <= TOLERANCE:
-        raise Failure(f"differs by {difference:.1e}")
+        exact = case.double()
+        in_double = relative_difference(exact.converted(IDENTITY)[0], exact)
+        rounding = (case.answer - exact.answer).abs().max() / exact.answer.abs().max()
+        raise Failure(
+            f"differs by {difference:.1e}, in double precision by {in_double:.1e}; single precision itself costs the "
+            f"plain network {rounding:.1e}"
+        )
     return f"{difference:.0e}"
 
 
@@ -179,7 +191,7 @@ def examine(architecture: str) -> dict[str, Any]:
             found[name] = check(case) or "ok"
         # Whatever a network raises is what a user would have met.
         except Exception as error:
-            found[name] = f"failed: {error if isinstance(error, Failure) else f'{type(error).__name__}: {error}'}"[:200]
+            found[name] = f"failed: {error if isinstance(error, Failure) else f'{type(error).__name__}: {error}'}"[:300]
     return {
         "architecture": architecture,
         "parameters": sum(parameter.numel() for parameter in case.network.parameters()),
