@@ -163,7 +163,8 @@ def convert_decoupled(
 def revert(model: nn.Module) -> nn.Module:
     """Turn every decoupled convolution of ``model`` back into the plain one it was, in place, and return ``model``.
 
-    Filters and biases stay; what the magnitudes had learned is dropped.
+    Filters and biases stay; what the magnitudes had learned is dropped. BatchNorm's statistics stay where
+    :func:`operators.calibrate` has moved them.
 
     Raises:
         ValueError: ``model`` has no decoupled convolution.
