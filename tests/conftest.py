@@ -1,6 +1,7 @@
 """Settings of all tests: one thread, since small tensors gain nothing from more and a shared machine loses much."""
 
 import os
+import signal
 
 import torch
 
@@ -8,3 +9,6 @@ import torch
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 torch.set_num_threads(1)
+
+# A shell that starts the tests in the background lets them ignore Ctrl-C, which some of them send.
+signal.signal(signal.SIGINT, signal.default_int_handler)
