@@ -185,8 +185,7 @@ def test_settings_that_contradict_the_checkpoint_are_refused(run):
     before = path.read_bytes()
     status, _, errors = run("fit", *SHORT, "--ckpt_path", path, "--model.architecture=resnet20")
     assert status == 1 and "holds cnn6 with ball_cosine and 10 classes, but resnet20 with ball_cosine" in errors
-    config = ROOT / "configs/digits_cnn6_conv.yaml"
-    status, _, errors = run("test", "--ckpt_path", path, "--config", config)
+    status, _, errors = run("test", "--ckpt_path", path, "--model.operator=conv")
     assert status == 1 and "but cnn6 with conv and 10 classes was asked for; leave out" in errors
     make_photos(Path("photos"))
     data = ["--data=ImageFolder", "--data.root=photos", "--data.input_size=8", "--data.in_chans=1"]
@@ -259,9 +258,32 @@ def test_a_run_that_started_from_a_network_goes_on_with_its_configuration_file(r
         assert record["source"] == {"name": "digits_cnn6_conv", "licence": "CC-BY-4.0"}
     status, _, errors = run("fit", "--ckpt_path", path, "--model.init_from", "mnist_cnn6_conv")
     assert status == 1 and "is of a run that started from digits_cnn6_conv, not from mnist_cnn6_conv" in errors
-    other = fit(run, "--checkpoint.dirpath", "other")
-    status, _, errors = run("fit", "--ckpt_path", "other/last.ckpt", "--config", "recipe.yaml")
-    assert status == 1 and "started from a network of its own, not from digits_cnn6_conv" in errors, other
+    fit(run, "--checkpoint.dirpath", "other")
+    status, _, errors = run("fit", "--ckpt_path", "other/last.ckpt", "--model.init_from", "digits_cnn6_conv")
+    assert status == 1 and "started from a network of its own, not from digits_cnn6_conv" in errors
+
+
+@pytest.mark.parametrize("command", ["fit", "test"])
+def test_options_that_overrode_a_configuration_file_still_do_when_a_run_goes_on(run, command):
+    recipe = {
+        "model": {"operator": "tanh_cosine", "learning_rate": 0.5},
+        "data": {"class_path": "ImageFolder", "init_args": {"root": "elsewhere", "input_size": 8, "augment": "none"}},
+        "trainer": {"max_epochs": 2},
+    }
+    Path("recipe.yaml").write_text(yaml.safe_dump(recipe))
+    for folder in ("elsewhere", "photos"):
+        make_photos(Path(folder), count=8, size=8)
+    options = ["--model.learning_rate=0.25", "--data.root=photos", "--model.freeze_epochs=1"]
+    path = fit(run, "--config", "recipe.yaml", *options)
+    shutil.rmtree("elsewhere")
+    # Wherever the configuration file stands, options override it and the checkpoint.
+    words = ["--trainer.max_epochs=3", "-c", "recipe.yaml", "--ckpt_path", path, *SHORT[2:]]
+    status, _, errors = run(command, *words)
+    assert status == 0, errors
+    assert f"network, data and number of epochs are those of {path}, whatever recipe.yaml says of them" in run.told()
+    record = torch.load(path, weights_only=True)["decoupled_zoo"]
+    assert record["trainer"]["max_epochs"] == (3 if command == "fit" else 2)
+    assert record["model"]["learning_rate"] == 0.25 and record["data"]["arguments"]["root"] == "photos"
 
 
 def test_a_checkpoint_of_an_earlier_version_goes_on(run):

@@ -89,8 +89,8 @@ class LastCheckpoint(Checkpoint):
         if last and last.exists():
             command = shlex.join(["python", "train.py", "fit", "--ckpt_path", str(last)])
             rank_zero_info(
-                f"{last} holds the last whole epoch; to go on: {command} (and the same --trainer options, if "
-                "there were any; a --config would replace what the checkpoint knows of network and images)"
+                f"{last} holds the last whole epoch; to go on: {command} (and the same --config and --trainer "
+                "options, if there were any)"
             )
         else:
             rank_zero_info("nothing is kept: last.ckpt is written at the end of each epoch, and none has ended")

@@ -53,8 +53,8 @@ TRAINER_DEFAULTS = {
 class ZooCLI(LightningCLI):
     """``LightningCLI`` with a checkpoint of the best and the last epoch, and a table of predictions.
 
-    ``--ckpt_path FILE`` stands for its folder and for the model, data and number of epochs it was trained with: they
-    act as if they were written first on the command line, so a configuration file and further options override them.
+    ``--ckpt_path FILE`` stands for its folder and for the model, data and number of epochs it was trained with,
+    whatever a configuration file beside it says of these; the options of the command line override both.
 
     Raises:
         FileExistsError: ``fit`` into a folder that has another run's checkpoints.
@@ -84,9 +84,12 @@ class ZooCLI(LightningCLI):
         arguments = sys.argv[1:] if args is None else list(args)
         self.command = shlex.join(["python", "train.py", *arguments])
         subcommand = next((place for place, word in enumerate(arguments, 1) if word in self.subcommands()), 0)
-        settings = checkpoint_settings(arguments) if subcommand else []
+        settings = []
+        if subcommand:
+            settings, rest = going_on(arguments[subcommand:])
+            arguments = [*arguments[:subcommand], *settings, *rest]
         try:
-            self.config = parser.parse_args([*arguments[:subcommand], *settings, *arguments[subcommand:]])
+            self.config = parser.parse_args(arguments)
         except argparse.ArgumentError as error:
             if unknown := re.search(r"Expected a dot import path string: (\S+)", str(error)):
                 raise ValueError(unknown_name("data set", unknown[1], DATA)) from error
@@ -141,7 +144,7 @@ class ZooCLI(LightningCLI):
             arguments.input_size = arguments.input_size or input_size
 
     def _go_on_with_what_was_started(self, settings: Namespace) -> None:
-        """Leave to the checkpoint what a configuration file says of the network that its run started from."""
+        """Leave the network to the checkpoint, of whose run the command line repeats what it started from."""
         record = read_record(read_lightning_checkpoint(settings.ckpt_path))
         started_from = (record.get("source") or {}).get("name")
         if settings.model.init_from != started_from:
@@ -211,24 +214,40 @@ class PlainHelp(DefaultHelpFormatter):
         return re.sub(r"(?::[a-z]+:)?`{1,2}~?([^`]+?)`{1,2}", r"\1", super().format_help())
 
 
-def checkpoint_settings(arguments: Sequence[str]) -> list[str]:
-    """Return options for the network, the data and the folder of the ``--ckpt_path`` among ``arguments``."""
+def going_on(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Split ``arguments`` into what their ``--ckpt_path``, if there is one, stands for and what overrides it.
+
+    Returns:
+        The configuration files, followed by options for the checkpoint's network, data and folder; and the rest.
+    """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--ckpt_path")
-    parser.add_argument("--data.predict", dest="predict")
-    known, _ = parser.parse_known_args(arguments)
+    parser.add_argument("-c", "--config", action="append", default=[])
+    known, rest = parser.parse_known_args(arguments)
     if known.ckpt_path is None:
-        return []
-    record = read_record(read_lightning_checkpoint(known.ckpt_path))
+        return [], list(arguments)
+    if known.config:
+        rank_zero_info(
+            f"network, data and number of epochs are those of {known.ckpt_path}, whatever {' and '.join(known.config)} "
+            "says of them; options override both"
+        )
+    predicting = any(word.partition("=")[0] == "--data.predict" for word in rest)
+    files = [f"--config={file}" for file in known.config]
+    return [*files, "--ckpt_path", known.ckpt_path, *checkpoint_settings(known.ckpt_path, predicting)], rest
+
+
+def checkpoint_settings(path: str, predicting: bool) -> list[str]:
+    """Return options for a checkpoint's network and folder, and, unless ``predicting`` on other images, its data."""
+    record = read_record(read_lightning_checkpoint(path))
     # Settings of earlier versions that there are no more had been used when the run began.
     kept = record["model"].keys() & inspect.signature(Classifier).parameters.keys()
     model = {name: record["model"][name] for name in kept} | network_settings(record)
-    folder = os.path.dirname(os.path.abspath(known.ckpt_path))
+    folder = os.path.dirname(os.path.abspath(path))
     # Nothing but tensors and plain values is unpickled.
     settings = ["--weights_only", "true", "--model", json.dumps(model), "--checkpoint.dirpath", folder]
     settings += ["--trainer.max_epochs", json.dumps(record["trainer"]["max_epochs"])]
     # Images to predict on are decoded as the network wants them, so the training images need not be there.
-    if known.predict is None:
+    if not predicting:
         kind = look_up(DATA, record["data"]["name"], "data set")
         data = {"class_path": f"{kind.__module__}.{kind.__name__}", "init_args": record["data"]["arguments"]}
         settings += ["--data", json.dumps(data)]
