@@ -307,6 +307,8 @@ def _quantile(values: Tensor, quantile: float) -> float:
 
 def _decoupled(model: nn.Module, what: str) -> dict[DecoupledConv2d, str]:
     """Return the decoupled convolutions and their first names."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{what} takes a network, then batches, but got {type(model).__name__} as the network")
     names = {module: name for name, module in model.named_modules() if isinstance(module, DecoupledConv2d)}
     if not names:
         raise ValueError(f"nothing to {what}: {type(model).__name__} has no DecoupledConv2d; see convert_decoupled")
@@ -314,6 +316,8 @@ def _decoupled(model: nn.Module, what: str) -> dict[DecoupledConv2d, str]:
 
 
 def _nonempty(batches: Batches, what: str) -> Iterator[Any]:
+    if isinstance(batches, Tensor):
+        raise TypeError(f"{what} takes a list of batches, got a tensor: put it into one, [images]")
     empty = True
     for batch in batches:
         empty = False

@@ -49,6 +49,8 @@ FOREIGN = frozenset({"CondConv2d", "DeformConv2d"})
 
 LEFT_OUT = "left out by filter_fn"
 
+CHOOSE = "Pass filter_fn=lambda module, name: ... to choose the convolutions yourself."
+
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -128,9 +130,14 @@ def convert_decoupled(
         Nothing is changed then. A convolution whose ``forward`` we do not know is no error: it stays what it is, and
         the report says so.
     """
-    config = OperatorConfig.parse(operator)
     if not isinstance(model, nn.Module):
-        raise TypeError(f"convert_decoupled takes a network, got {model!r}; timm.create_model(NAME) makes one")
+        raise TypeError(
+            f"convert_decoupled takes a network, then an operator, but got {type(model).__name__} as the network; "
+            "timm.create_model(NAME) makes one, load_state_dict gives it weights"
+        )
+    config = OperatorConfig.parse(operator)
+    if filter_fn is not None and not callable(filter_fn):
+        raise TypeError(f"filter_fn is a function of a convolution and its name, got {filter_fn!r}")
     _refuse_wrappers(model)
     modules = _named_convolutions(model)
     _refuse_second_conversion(modules)
@@ -144,8 +151,7 @@ def convert_decoupled(
     if not report.converted:
         raise ValueError(
             f"nothing to convert in {type(model).__name__}: "
-            + (str(report) if report.layers else "it has no convolution")
-            + "\nPass filter_fn=lambda module, name: ... to choose the convolutions yourself."
+            + (f"{report}\n{CHOOSE}" if report.layers else "it has no convolution")
         )
     if strict and (plain := [layer for layer in report.skipped if layer.reason != LEFT_OUT]):
         raise ValueError(

@@ -193,6 +193,10 @@ def test_wrong_arguments_name_the_value():
         calibrate(convert_decoupled(unused, "tanh_cosine")[0], [images()])
     with pytest.raises(ValueError, match="diagnose needs at least one batch"):
         diagnose(converted("tanh_cosine"), [])
+    with pytest.raises(TypeError, match=r"diagnose takes a list of batches, got a tensor: put it into one, \[images\]"):
+        diagnose(converted("tanh_cosine"), images())
+    with pytest.raises(TypeError, match="calibrate takes a network, then batches, but got list as the network"):
+        calibrate([images()], converted("tanh_cosine"))
     with pytest.raises(TypeError, match="tensor of images.*got str"):
         diagnose(converted("tanh_cosine"), ["image.png"])
 

@@ -296,7 +296,7 @@ def test_a_repository_is_taken_from_the_cache_of_the_hub(tmp_path, monkeypatch):
 def test_a_misspelt_path_is_no_repository(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("outputs").mkdir()
-    with pytest.raises(ValueError, match="Or give the path of a folder.$"):
+    with pytest.raises(ValueError, match="no checkpoint folder outputs/photo; check the path"):
         zoo.load("outputs/photo")
 
 

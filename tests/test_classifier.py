@@ -360,6 +360,14 @@ def test_a_frozen_backbone_stays_to_the_bit_and_then_trains(tmp_path, optimizer)
     assert set(changed) == set(snapshots[2][0]), "filters and BatchNorm's statistics"
 
 
+def test_a_backbone_that_stays_frozen_to_the_end_is_told(tmp_path, caplog):
+    fit(tmp_path, freeze_epochs=1)
+    assert "only the classifier is trained: freeze_epochs is 1, max_epochs 1" in caplog.text
+    caplog.clear()
+    fit(tmp_path / "all")
+    assert "only the classifier" not in caplog.text
+
+
 def test_frozen_gradients_are_dropped_also_where_they_have_been_computed(tmp_path):
     class AskForAll(L.Callback):
         """Compute every gradient, as several processes do."""

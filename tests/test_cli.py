@@ -205,7 +205,7 @@ def test_predict_names_the_classes_of_image_files(run):
         "--predictions.output=out/guesses.csv", "--predictions.rows=3",
     )  # fmt: skip
     assert status == 0, errors
-    assert "3 of 10 images" in printed and "digits/0.png" in printed
+    assert "3 of 10 images" in printed and "digits/0.png" in printed and "written: out/guesses.csv" in printed
     with open("out/guesses.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["image"] for row in rows] == [f"digits/{index}.png" for index in range(10)]
@@ -433,7 +433,7 @@ WRONG = {
     ),
     "init_from and operator": (
         "fit --model.init_from digits_cnn6_tanh_cosine --model.operator ball_cosine",
-        "tanh_cosine already: leave out the operator, or start from its plain twin",
+        "tanh_cosine already, and neither converted nor calibrated again: leave out operator and calibrate, or start",
     ),
     "calibrate nothing": ("fit --model.calibrate 0.99", "calibrate fits a trained plain network"),
     "calibrate a plain network": (
@@ -457,6 +457,11 @@ WRONG = {
         "num_classes=5, but there are 10 class names",
     ),
     "init_from": ("predict --model.init_from digits_cnn6", "unknown checkpoint 'digits_cnn6'. Did you mean"),
+    "init_from timm": ("fit --model.init_from resnet10t", "is a network of timm: to start from the weights that"),
+    "input_size": (
+        "fit --model.init_from digits_cnn6_conv --data ImageFolder --data.root photos --data.input_size 0",
+        "input_size must be at least 1, got 0",
+    ),
     "devices": (
         "predict --model.init_from digits_cnn6_conv --trainer.devices 2 --trainer.strategy ddp_spawn",
         "one device",

@@ -211,10 +211,19 @@ def test_wrappers_are_refused_with_the_fix():
 
 
 def test_nothing_to_convert_is_an_error():
-    with pytest.raises(ValueError, match="nothing to convert in Linear: it has no convolution"):
+    with pytest.raises(ValueError, match="nothing to convert in Linear: it has no convolution$"):
         convert_decoupled(nn.Linear(2, 2), "tanh_cosine")
     with pytest.raises(ValueError, match="left out by filter_fn"):
         convert_decoupled(small_network(), "tanh_cosine", filter_fn=lambda module, name: False)
+
+
+def test_arguments_of_another_kind_are_named():
+    model = small_network()
+    for wrong in (model.state_dict(), "tanh_cosine"):
+        with pytest.raises(TypeError, match=f"then an operator, but got {type(wrong).__name__} as the network; timm"):
+            convert_decoupled(wrong, "tanh_cosine")
+    with pytest.raises(TypeError, match="filter_fn is a function of a convolution and its name, got 'layer1'"):
+        convert_decoupled(model, "tanh_cosine", filter_fn="layer1")
 
 
 def test_a_second_conversion_names_the_first():

@@ -236,8 +236,8 @@ def test_images_in_memory_are_decoded_once_and_others_once_more_than_used(
     ("counts", "message"),
     [
         ({"a": 2, "b": 2}, "no folder .*train; images are expected in .*/train/CLASS/"),
-        ({"train/a": 2}, r"train has 1 class folders \(\['a'\]\); it needs one for each of two or more"),
-        ({"train": 2}, "train has 0 class folders"),
+        ({"train/a": 2}, "train needs a folder for each of two or more classes, but has a$"),
+        ({"train": 2}, "train needs a folder for each of two or more classes, but has none$"),
         ({"train/a": 2, "train/b": 0}, "no image in the class folders b of .*train; add images or remove"),
         ({**TWO, "test/a": 2, "test/b": 0}, "no image in the class folders b of .*test"),
         ({**TWO, "val/a": 1}, "val and .*train must have the same class folders, but only one has b; add"),
@@ -315,6 +315,14 @@ def test_a_class_with_no_readable_image_is_told(split, limit, tmp_path):
     )
     with pytest.raises(ValueError, match=message):
         data.split(split)
+
+
+def test_a_class_of_which_no_held_out_image_is_readable_is_told(tmp_path):
+    write_images(tmp_path, {"train/a": 2, "train/b": 2})
+    held = image_folder(tmp_path, val_fraction=0.5).split("val").files
+    held[0].write_bytes(b"")
+    with pytest.raises(ValueError, match="the part held out of train for validation has no others of the classes a;"):
+        image_folder(tmp_path, val_fraction=0.5).split("val")
 
 
 def test_which_images_are_held_out_does_not_depend_on_those_that_are_readable(tmp_path):

@@ -1,6 +1,7 @@
 """Networks to start from: timm's with weights from the Hub's cache or a file, checkpoints, and their conversion."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -122,6 +123,9 @@ def test_wrong_weights_are_refused(tmp_path, weights):
     (tmp_path / "broken.pth").write_bytes(b"not weights")
     with pytest.raises(ValueError, match="broken.pth cannot be read as weights"):
         start_from(f"timm:{NAME}", weights=tmp_path / "broken.pth")
+    torch.save(weights[1], tmp_path / "whole.pth")
+    with pytest.raises(ValueError, match=r"whole.pth cannot be read .{,250}; a whole network is not taken, for"):
+        start_from(f"timm:{NAME}", weights=tmp_path / "whole.pth")
     with pytest.raises(ValueError, match="weights.safetensors does not fit test_vit: missing cls_token; .*in all"):
         start_from("timm:test_vit", weights=weights[0])
     with pytest.raises(ValueError, match="takes 3 channels, not 1"):
@@ -147,7 +151,7 @@ def test_conversion_weights_the_filters_unless_told_otherwise():
         model = zoo.load("digits_cnn6_conv")
         report = convert(model, operator)
         assert model.spec.operator == report.operator and model.spec.operator.weighting == weighting
-    with pytest.raises(ValueError, match="the network is tanh_cosine already: leave out the operator"):
+    with pytest.raises(ValueError, match="the network is tanh_cosine already, .*leave out operator and calibrate, or"):
         convert(model, "ball_cosine")
 
 
@@ -236,15 +240,50 @@ def test_the_convert_command_takes_a_plain_checkpoint(run):  # noqa: F811
     [
         ("digits_cnn6_conv digits_cnn6_mixx_cosine", "unknown operator 'mixx_cosine'. Did you mean 'mix_cosine'"),
         ("digits_cnn6_conv photos --operator mix_cosine", "is called <data>_cnn6_mix_cosine, got 'photos'"),
+        ("digits_cnn6_conv digits", "is called <data>_cnn6_<operator>, got 'digits'"),
+        ("digits_cnn6_conv _cnn6_mix_cosine", "is called <data>_cnn6_mix_cosine, got '_cnn6_mix_cosine'"),
+        ("resnet10t a_resnet10t_mix_cosine", "resnet10t is a network of timm: .* write timm:resnet10t"),
+        ("./photo a_cnn6_mix_cosine", "no checkpoint folder ./photo; check the path"),
+        ("digits_cnn6_conv digits_cnn6_mix_cosine --classes here/classes.txt", "but there are 2 class names"),
         ("digits_cnn6_tanh_cosine digits_cnn6_mix_cosine", "the network is tanh_cosine already"),
         ("digits_cnn6_conv digits_cnn6_conv --images here", "a plain network is not calibrated"),
         ("digits_cnn6_conv digits_cnn6_mix_cosine --images nowhere", "no image file or folder nowhere"),
-        ("digits_cnn6_conv digits_cnn6_mix_cosine --images here --quantile 2", "quantile is a share in (0, 1]"),
+        ("digits_cnn6_conv digits_cnn6_mix_cosine --images here --quantile 2", r"quantile is a share in \(0, 1\]"),
         ("timm:vit_tiny_patch99 a_vit_mix_cosine", "unknown network of timm 'vit_tiny_patch99'. Did you mean"),
         ("digits_cnn6 digits_cnn6_mix_cosine", "unknown checkpoint 'digits_cnn6'. Did you mean"),
     ],
 )
 def test_the_convert_command_refuses_and_writes_nothing(run, words, message):  # noqa: F811
     make_photos(Path("here"))
+    Path("here/classes.txt").write_text("cat\ndog\n")
     status, _, errors = zoo_command(run, *words.split())
-    assert status == 1 and message in errors and not Path("outputs").exists()
+    assert status == 1 and re.search(message, errors) and not Path("outputs").exists()
+
+
+@pytest.mark.parametrize("command", ["convert", "export"])
+def test_a_name_is_no_path(run, command):  # noqa: F811
+    status, _, errors = run(command, "digits_cnn6_conv", "my/digits_cnn6_mix_cosine", main=command_line.main)
+    assert status == 2 and "alone (--to names the folder it is put into), got 'my/digits_cnn6_mix_cosine'" in errors
+
+
+@pytest.mark.filterwarnings("ignore:2 of 8 images cannot be read and are left out")
+def test_the_convert_command_leaves_out_a_few_unreadable_images(run):  # noqa: F811
+    photos = make_photos(Path("photos"), count=4)
+    for place in (0, 1):
+        (photos / f"train/cat/{place}.png").write_bytes(b"")
+    words = ["digits_cnn6_conv", "digits_cnn6_tanh_cosine", "--images", "photos"]
+    status, printed, errors = zoo_command(run, *words)
+    assert status == 0 and "calibrated on 6 images" in printed, errors
+    for file in photos.rglob("*.png"):
+        file.write_bytes(b"")
+    status, _, errors = zoo_command(run, *words, "--overwrite")
+    assert status == 1 and "8 of 8 images cannot be read; remove or replace them:\n  photos/train/cat/0.png:" in errors
+    assert zoo.verify("outputs/digits_cnn6_tanh_cosine") == []
+
+
+def test_the_convert_command_names_the_classes(run):  # noqa: F811
+    Path("classes.txt").write_text("\n".join(["null, zero", *"one two three four five six seven eight nine".split()]))
+    folder = "outputs/digits_cnn6_mix_cosine"
+    status, _, errors = zoo_command(run, "digits_cnn6_conv", Path(folder).name, "--classes", "classes.txt")
+    assert status == 0 and zoo.load(folder).class_names[:2] == ("null, zero", "one"), errors
+    assert "| classes | null, zero; one; two;" in Path(folder, "README.md").read_text()

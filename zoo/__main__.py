@@ -23,8 +23,8 @@ from zoo.cards import model_card
 from zoo.checkpoints import CARD, PRETRAINED, read_config, write_whole
 from zoo.classifier import CALIBRATION_IMAGES, origin
 from zoo.cli import interrupted, readable_errors
-from zoo.data import Digits, decode, find_images
-from zoo.export import export, recorded_data
+from zoo.data import Digits, sample_files
+from zoo.export import check_absent, check_name, export, recorded_data
 from zoo.models import PLAIN
 from zoo.plots import plot_operators, plot_predictions
 from zoo.reports import write_reports
@@ -36,6 +36,8 @@ MINUTES = (
     "begin no epoch that would not end in that time (nobody knows the length of a first one, which is begun if "
     f"{LEAST_SECONDS} s are left); the next call goes on"
 )
+
+OUTPUTS = Path("outputs")
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -60,8 +62,10 @@ def main() -> None:
 
     command = commands.add_parser("export", help="make a checkpoint folder from a Lightning checkpoint")
     command.add_argument("checkpoint", type=Path, help="the Lightning checkpoint (.ckpt) that train.py wrote")
-    command.add_argument("name", help="<data>_<architecture>_<operator>, e.g. digits_cnn6_tanh_cosine")
-    command.add_argument("--to", type=Path, default=PRETRAINED, help="parent of the new folder (default: embedded)")
+    command.add_argument(
+        "name", type=checkpoint_name, help="<data>_<architecture>_<operator>, e.g. digits_cnn6_tanh_cosine"
+    )
+    command.add_argument("--to", type=Path, default=OUTPUTS, help="parent of the new folder (default: %(default)s)")
     command.add_argument("--root", help="the folder of the images, if it has moved since the training")
     command.add_argument("--half", action="store_true", help="store the weights in float16, rounded before measuring")
     command.add_argument("--overwrite", action="store_true", help="replace a folder that exists")
@@ -70,17 +74,20 @@ def main() -> None:
     command = commands.add_parser("convert", help="make a decoupled checkpoint folder from a trained plain network")
     command.description = "Convert a trained plain network, save it as a checkpoint folder, and show the report."
     command.add_argument("source", help="timm:NAME, a checkpoint of the zoo, a folder, or a Hub repository")
-    command.add_argument("name", help="<data>_<architecture>_<operator>, e.g. imagenet_resnet50_tanh_cosine")
+    command.add_argument(
+        "name", type=checkpoint_name, help="<data>_<architecture>_<operator>, e.g. imagenet_resnet50_tanh_cosine"
+    )
     command.add_argument(
         "--operator", help="the operator, weighted by the filters' norms, or conv; by default that in NAME"
     )
     command.add_argument("--weights", type=Path, help="a file (.safetensors, .pth) with the weights of timm:NAME")
+    command.add_argument("--classes", type=Path, help="a text file with the name of each class, one a line")
     command.add_argument("--images", type=Path, help="a file or folder of images to calibrate the network on")
     command.add_argument(
         "--quantile", type=float, default=0.99, help="of the norms that become the radius (default: %(default)s)"
     )
     command.add_argument("--licence", help="of the weights; by default that of the source, if it is known")
-    command.add_argument("--to", type=Path, default=Path("outputs"), help="parent of the new folder (default: outputs)")
+    command.add_argument("--to", type=Path, default=OUTPUTS, help="parent of the new folder (default: %(default)s)")
     command.add_argument("--overwrite", action="store_true", help="replace a folder that exists")
     command.set_defaults(function=convert_checkpoint)
 
@@ -186,23 +193,21 @@ def export_checkpoint(arguments: argparse.Namespace) -> None:
 
 def convert_checkpoint(arguments: argparse.Namespace) -> None:
     folder = arguments.to / arguments.name
-    if folder.exists() and not arguments.overwrite:
-        raise FileExistsError(f"{folder} exists; choose another name or parent (--to), or replace it (--overwrite)")
+    # Before the weights are fetched, which can take minutes.
+    check_absent(folder, arguments.overwrite)
     model = start_from(arguments.source, weights=arguments.weights)
     architecture = model.spec.architecture
-    operator = arguments.operator or arguments.name.rpartition(f"_{architecture}_")[2]
+    _, named, operator = arguments.name.rpartition(f"_{architecture}_")
+    operator = arguments.operator or (operator if named else "<operator>")
+    check_name(arguments.name, architecture, operator)
+    if arguments.classes:
+        model.rename_classes(arguments.classes.read_text(encoding="utf-8").splitlines())
     report = None if operator == PLAIN else convert(model, operator)
-    expected = f"_{architecture}_{model.spec.operator_name}"
-    if not arguments.name.endswith(expected):
-        raise ValueError(f"a checkpoint of this network is called <data>{expected}, got {arguments.name!r}")
     calibration = "not calibrated (--images), so train it before use"
     if report is None and arguments.images:
         raise ValueError("a plain network is not calibrated; leave out --images, or choose an operator")
     if arguments.images:
-        files = find_images(arguments.images)
-        # Evenly spaced, for they are sorted by folder, which may mean by class.
-        chosen = [files[place * len(files) // CALIBRATION_IMAGES] for place in range(CALIBRATION_IMAGES)]
-        images = torch.stack([decode(file, model.transform) for file in dict.fromkeys(chosen)])
+        images = sample_files(arguments.images, CALIBRATION_IMAGES, model.transform)
         _, calibration = calibrate(model, [to_float(images)], arguments.quantile)
     command = shlex.join(["python", "-m", "zoo", *sys.argv[1:]])
     training = {"converted_from": arguments.source, "command": command, **origin(torch.device("cpu"))}
@@ -216,6 +221,15 @@ def convert_checkpoint(arguments: argparse.Namespace) -> None:
         Console().print(table)
         print(calibration)
     print(f"written: {folder}")
+
+
+def checkpoint_name(text: str) -> str:
+    """Read a checkpoint's name from the command line."""
+    if not re.fullmatch(r"[\w.-]+", text):
+        raise argparse.ArgumentTypeError(
+            f"a name has letters, digits, '.', '-' and '_' alone (--to names the folder it is put into), got {text!r}"
+        )
+    return text
 
 
 def positive(kind: type[float]) -> Callable[[str], float]:

@@ -210,3 +210,4 @@ class PredictionTable(BasePredictionWriter):
         text = io.StringIO(newline="")
         csv.writer(text).writerows(rows)
         write_whole(path, text.getvalue())
+        print(f"written: {path}")

@@ -62,7 +62,7 @@ def model_card(config: Mapping[str, Any]) -> str:
     for key, value in config["training"].items():
         facts.append((key, str(value) if isinstance(value, str | int) else f"`{json.dumps(value)}`"))
     facts += [
-        ("classes", ", ".join(config["class_names"])),
+        ("classes", _names(config["class_names"])),
         ("licence of the weights", config["licence"]),
         ("sha256 of `model.safetensors`", f"`{config['sha256']}`"),
     ]
@@ -76,6 +76,11 @@ def model_card(config: Mapping[str, Any]) -> str:
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Return a table in Markdown."""
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rows))
+
+
+def _names(names: Sequence[str]) -> str:
+    # Names of ImageNet's classes are lists of synonyms themselves.
+    return ("; " if any("," in name for name in names) else ", ").join(names)
 
 
 def _licence_identifier(licence: str) -> str:

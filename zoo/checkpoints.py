@@ -279,9 +279,11 @@ def find(where: str | os.PathLike[str]) -> Path:
             "(best.ckpt, last.ckpt)"
         )
     message = unknown_name("checkpoint", name, list_checkpoints()) + " Or give the path of a folder."
-    # A path in a folder that exists is a misspelt path.
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or Path(name).parent.is_dir():
+    if name == Path(name).name:
         raise ValueError(message)
+    # A path in a folder that exists is a misspelt path.
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) or Path(name).parent.is_dir():
+        raise ValueError(f"no checkpoint folder {name}; check the path")
     try:
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=[CONFIG, WEIGHTS, CARD]))
     # The Hub's client, and what it is made of, have no error in common.

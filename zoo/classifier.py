@@ -196,12 +196,19 @@ class Classifier(L.LightningModule):
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
+    def on_train_start(self) -> None:
+        if 0 < self.trainer.max_epochs <= self.hparams.freeze_epochs:
+            rank_zero_info(
+                f"only the classifier is trained: freeze_epochs is {self.hparams.freeze_epochs}, max_epochs "
+                f"{self.trainer.max_epochs}"
+            )
+
     def on_train_epoch_start(self) -> None:
         if not self.hparams.freeze_epochs:
             return
         # BatchNorm's statistics are frozen, too.
         self.model.network.train(not self._frozen)
-        for layer in classifier_layers(self.model.network):
+        for layer in classifier_layers(self.model):
             layer.train()
         # Processes that exchange gradients agree on which at the start: there, they are dropped after the exchange.
         if isinstance(self.trainer.strategy, SingleDeviceStrategy):
@@ -267,7 +274,7 @@ class Classifier(L.LightningModule):
 
     def _backbone(self) -> list[nn.Parameter]:
         """Return the parameters of all but the classifier."""
-        layers = classifier_layers(self.model.network)
+        layers = classifier_layers(self.model)
         head = {id(parameter) for layer in layers for parameter in layer.parameters(recurse=False)}
         return [parameter for parameter in self.model.parameters() if id(parameter) not in head]
 

@@ -140,8 +140,8 @@ class ZooCLI(LightningCLI):
         arguments = settings.data.init_args
         if settings.model.init_from and "input_size" in arguments:
             in_chans, input_size = shape_of(settings.model.init_from)
-            arguments.in_chans = arguments.in_chans or in_chans
-            arguments.input_size = arguments.input_size or input_size
+            for name, value in {"in_chans": in_chans, "input_size": input_size}.items():
+                arguments[name] = value if arguments[name] is None else arguments[name]
 
     def _go_on_with_what_was_started(self, settings: Namespace) -> None:
         """Leave the network to the checkpoint, of whose run the command line repeats what it started from."""

@@ -43,6 +43,8 @@ USES = ("batch_size", "augment", "predict")
 SPLIT_SEED = 0
 # The label of an image whose class nobody has told.
 UNLABELLED = -1
+# Of a split, so many files that are no readable images are put up with unless told otherwise.
+MOST_UNREADABLE = 10
 # Decoding fewer images than this is over before a progress bar is read.
 WORTH_A_PROGRESS_BAR = 2000
 
@@ -203,10 +205,7 @@ class ImageData(L.LightningDataModule, abc.ABC):
         if count < 1:
             raise ValueError(f"count must be at least 1, got {count}")
         images = self.split("train")
-        count = min(count, len(images))
-        # The middles of as many equal stretches of the set.
-        chosen = (2 * torch.arange(count) + 1) * len(images) // (2 * count)
-        return self._as_evaluated(images.__getitems__(chosen.tolist())[0])
+        return self._as_evaluated(images.__getitems__(evenly_spaced(count, len(images)))[0])
 
     def hold_out(self, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Return the indices kept for training and those held out for validation, each class in its share."""
@@ -466,8 +465,9 @@ class ImageFolder(ImageData):
 
     Args:
         root: the folder that holds train.
-        input_size: height and width that the network sees, in pixels; 224 by default.
-        in_chans: 3 (RGB) or 1 (grey); 3 by default.
+        input_size: height and width that the network sees, in pixels; by default those that the network one starts
+            from (``--model.init_from``) was trained on, else 224.
+        in_chans: 3 (RGB) or 1 (grey); by default as the network one starts from takes them, else 3.
         title: the data set's name as shown beside results; the folder's by default.
         licence: the terms on which the images are to be had.
         mean: of each channel for pixels in [0, 1]; ImageNet's for RGB and 0.5 for grey by default.
@@ -503,7 +503,7 @@ class ImageFolder(ImageData):
         augment: Augment | None = None,
         num_workers: int = 0,
         memory_limit_mb: int = 2048,
-        max_unreadable: int = 10,
+        max_unreadable: int = MOST_UNREADABLE,
         predict: str | None = None,
     ) -> None:
         super().__init__(batch_size, val_fraction, augment, predict)
@@ -561,7 +561,9 @@ class ImageFolder(ImageData):
             raise ValueError(unreadable(broken, len(files), then, most=10))
         left = set(images.labels.tolist())
         if lost := [name for label, name in enumerate(self.class_names) if label not in left]:
-            then = f", and the {split} split has no others of the classes {_first(lost)}; replace or add images"
+            held = split == "val" and not self._has("val")
+            what = "part held out of train for validation" if held else f"{split} split"
+            then = f", and the {what} has no others of the classes {_first(lost)}; replace or add images"
             raise ValueError(unreadable(broken, len(files), then))
         if broken:
             warnings.warn(unreadable(broken, len(files), " and are left out"), stacklevel=2)
@@ -583,7 +585,9 @@ class ImageFolder(ImageData):
             raise FileNotFoundError(f"no folder {train}; images are expected in {self.root}/train/CLASS/*")
         names = class_folders(train)
         if len(names) < 2:
-            raise ValueError(f"{train} has {len(names)} class folders ({names}); it needs one for each of two or more")
+            raise ValueError(
+                f"{train} needs a folder for each of two or more classes, but has {', '.join(names) or 'none'}"
+            )
         for split in ("val", "test"):
             if self._has(split) and (differ := set(names) ^ set(class_folders(self.root / split))):
                 raise ValueError(
@@ -626,6 +630,32 @@ def decode_each(
         results = pool.imap(decode_one, range(len(files)), chunksize=32)
         results = track(results, "reading images", total=len(files), transient=True, disable=quiet)
         return dict(result for result in results if result is not None)
+
+
+def sample_files(path: Path, count: int, transform: ImageTransform) -> Tensor:
+    """Return up to ``count`` images of a file or folder, evenly spaced over it, uint8 (N, in_chans, size, size).
+
+    Up to ``MOST_UNREADABLE`` that cannot be read are left out with a warning that names them.
+
+    Raises:
+        FileNotFoundError: no such file or folder.
+        ValueError: no image, none that can be read, or more than ``MOST_UNREADABLE`` that cannot.
+    """
+    files = find_images(path)
+    files = [files[place] for place in evenly_spaced(count, len(files))]
+    images = empty_images(len(files), transform)
+    broken = decode_each(files, transform, images.__setitem__)
+    if len(broken) > min(MOST_UNREADABLE, len(files) - 1):
+        raise ValueError(unreadable(broken, len(files), most=MOST_UNREADABLE))
+    if broken:
+        warnings.warn(unreadable(broken, len(files), " and are left out"), stacklevel=2)
+    return torch.from_numpy(images[[file not in broken for file in files]])
+
+
+def evenly_spaced(count: int, length: int) -> list[int]:
+    """Return ``count`` places (all, if there are fewer) of ``length``: the middles of as many equal stretches."""
+    count = min(count, length)
+    return [(2 * place + 1) * length // (2 * count) for place in range(count)]
 
 
 def empty_images(count: int, transform: ImageTransform) -> np.ndarray:

@@ -42,11 +42,8 @@ def export(
         FileNotFoundError: no such checkpoint, or no images.
     """
     model, record = trained_model(checkpoint)
-    expected = f"{model.spec.architecture}_{model.spec.operator_name}"
-    if not folder.name.endswith(f"_{expected}"):
-        raise ValueError(f"a checkpoint of this network is called <data>_{expected}, got {folder.name!r}")
-    if folder.exists() and not overwrite:
-        raise FileExistsError(f"{folder} exists; choose another name or parent (--to), or replace it (--overwrite)")
+    check_name(folder.name, model.spec.architecture, model.spec.operator_name)
+    check_absent(folder, overwrite)
     if precision is None:
         size = sum(tensor.nbytes for tensor in model.state_dict().values())
         precision = "float32" if size <= LARGEST_EMBEDDED else "float16"
@@ -67,6 +64,27 @@ def export(
     settings = {"licence": licence, "precision": precision, "overwrite": overwrite}
     zoo.save(model, folder, metrics=metrics, training=training, **settings)
     return metrics
+
+
+def check_name(name: str, architecture: str, operator: str) -> None:
+    """Refuse a checkpoint's name that does not say what the network is.
+
+    Raises:
+        ValueError: it is not called ``<data>_<architecture>_<operator>``.
+    """
+    expected = f"_{architecture}_{operator}"
+    if not name.endswith(expected) or name == expected:
+        raise ValueError(f"a checkpoint of this network is called <data>{expected}, got {name!r}")
+
+
+def check_absent(folder: Path, overwrite: bool) -> None:
+    """Refuse a folder that is there already.
+
+    Raises:
+        FileExistsError: the folder exists and ``overwrite`` is false.
+    """
+    if folder.exists() and not overwrite:
+        raise FileExistsError(f"{folder} exists; choose another name or parent (--to), or replace it (--overwrite)")
 
 
 def trained_model(checkpoint: Path) -> tuple[ImageModel, dict[str, Any]]:

@@ -160,6 +160,19 @@ class ImageModel(nn.Module):
     def class_names(self) -> tuple[str, ...]:
         return self.spec.class_names
 
+    def rename_classes(self, class_names: Sequence[str]) -> None:
+        """Give the classes other names.
+
+        Raises:
+            ValueError: more or fewer names than classes.
+        """
+        names = _class_names(class_names, len(self.class_names))
+        self.spec = dataclasses.replace(self.spec, class_names=names)
+
+    def get_classifier(self) -> nn.Module | tuple[nn.Module, ...]:
+        """Return the last layer, or layers, of the network, as timm's networks do."""
+        return self.network.get_classifier()
+
     def reset_classifier(self, class_names: Sequence[str]) -> None:
         """Give the network a fresh classifier for these classes.
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,7 @@ def start_from(
     elif weights is not None:
         raise ValueError(f"weights are those of a network of timm (timm:NAME), but {name} has weights of its own")
     else:
+        _refuse_bare_name_of_timm(name)
         model = load(where, in_chans=in_chans)
         if input_size is not None:
             model.set_input_size(input_size)
@@ -62,6 +64,7 @@ def shape_of(where: str | os.PathLike[str]) -> tuple[int, int]:
     if name.startswith(TIMM):
         made_for = _timm_config(name.removeprefix(TIMM))
         return made_for.input_size[0], made_for.input_size[-1]
+    _refuse_bare_name_of_timm(name)
     config = read_config(find(where))
     return config["in_chans"], config["input_size"]
 
@@ -88,15 +91,21 @@ def convert(model: ImageModel, operator: OperatorConfig | str | Mapping[str, Any
     """
     if model.spec.operator is not None:
         raise ValueError(
-            f"the network is {model.spec.operator_name} already: leave out the operator, or start from its plain twin"
+            f"the network is {model.spec.operator_name} already, and neither converted nor calibrated again: leave out "
+            "operator and calibrate, or start from its plain twin"
         )
     if isinstance(operator, str):
         operator = {"name": operator}
     if isinstance(operator, Mapping):
         operator = {"weighting": "linear", **operator}
-    _, report = convert_decoupled(model.network, operator)
+    _, report = convert_decoupled(model, operator)
     model.spec = dataclasses.replace(model.spec, operator=report.operator)
     return report
+
+
+def _refuse_bare_name_of_timm(name: str) -> None:
+    if timm.is_model(name) and name not in ARCHITECTURES and not Path(name).exists():
+        raise ValueError(f"{name} is a network of timm: to start from the weights that timm has, write {TIMM}{name}")
 
 
 def _timm_config(name: str) -> PretrainedCfg:
@@ -145,7 +154,10 @@ def _with_weights(
         tensors = timm.models.load_state_dict(str(weights), weights_only=True)
     # A damaged file fails in as many ways as there are formats.
     except Exception as error:
-        raise ValueError(f"{weights} cannot be read as weights ({type(error).__name__}: {error})") from error
+        raise ValueError(
+            f"{weights} cannot be read as weights ({type(error).__name__}: {textwrap.shorten(str(error), 200)}); a "
+            "whole network is not taken, for no code in a file is run: save network.state_dict() instead"
+        ) from error
     classes = _rows(tensors, made_for.classifier, 0) or made_for.num_classes
     channels = _rows(tensors, made_for.first_conv, 1) or made_for.input_size[0]
     if in_chans not in (None, channels):
