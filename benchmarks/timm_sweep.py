@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from benchmarks import measure
-from operators import ConversionReport, DecoupledConv2d, OperatorConfig, convert_decoupled, revert
+from operators import ConversionReport, OperatorConfig, convert_decoupled, decoupled_layers, revert
 from zoo.models import ARCHITECTURES
 
 IDENTITY = OperatorConfig("linear", "cosine", weighting="linear")
@@ -94,8 +94,9 @@ def forward_backward(case: Case) -> None:
     gradients = {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
     if not answer.isfinite().all() or not all(gradient.isfinite().all() for gradient in gradients.values()):
         raise Failure("not finite")
-    layers = [name for name, module in network.named_modules() if isinstance(module, DecoupledConv2d)]
-    if missing := [name for name in layers if not gradients.get(f"{name}.weight", torch.zeros(())).any()]:
+    if missing := [
+        name for name in decoupled_layers(network) if not gradients.get(f"{name}.weight", torch.zeros(())).any()
+    ]:
         raise Failure(f"no gradient in {', '.join(missing)}")
 
 
@@ -137,7 +138,7 @@ def reset_classifier(case: Case) -> None:
         shape = network(case.images).shape
     if shape != (2, 7):
         raise Failure(f"answers {tuple(shape)}")
-    if sum(isinstance(module, DecoupledConv2d) for module in network.modules()) != len(report.converted):
+    if len(decoupled_layers(network)) != len(report.converted):
         raise Failure("convolutions became plain")
 
 

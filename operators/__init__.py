@@ -2,7 +2,7 @@
 
 from operators.angular import ANGULARS
 from operators.calibration import CalibrationReport, DiagnosisReport, calibrate, diagnose
-from operators.conv import DecoupledConv2d, OperatorConfig
+from operators.conv import DecoupledConv2d, OperatorConfig, decoupled_layers
 from operators.convert import ConversionReport, convert_decoupled, revert
 from operators.fold import FoldReport, fold
 from operators.functional import decoupled_conv2d, filter_norm, patch_norm
@@ -22,6 +22,7 @@ __all__ = [
     "calibrate",
     "convert_decoupled",
     "decoupled_conv2d",
+    "decoupled_layers",
     "diagnose",
     "filter_norm",
     "fold",

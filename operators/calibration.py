@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.hooks import RemovableHandle
 
 from operators.angular import cosine
-from operators.conv import DecoupledConv2d
+from operators.conv import DecoupledConv2d, decoupled_layers
 from operators.magnitude import RADIUS_FLOOR, Linear, Sphere
 
 Batches = Iterable[Tensor | tuple[Tensor, ...] | list[Tensor]]
@@ -309,7 +309,7 @@ def _decoupled(model: nn.Module, what: str) -> dict[DecoupledConv2d, str]:
     """Return the decoupled convolutions and their first names."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"{what} takes a network, then batches, but got {type(model).__name__} as the network")
-    names = {module: name for name, module in model.named_modules() if isinstance(module, DecoupledConv2d)}
+    names = {layer: name for name, layer in decoupled_layers(model).items()}
     if not names:
         raise ValueError(f"nothing to {what}: {type(model).__name__} has no DecoupledConv2d; see convert_decoupled")
     return names
@@ -336,7 +336,7 @@ def _images_of(batch: Tensor | tuple[Tensor, ...] | list[Tensor], model: nn.Modu
 @contextlib.contextmanager
 def _restoring_on_error(model: nn.Module) -> Iterator[None]:
     state = copy.deepcopy(model.state_dict())
-    operators = {module: module.operator for module in model.modules() if isinstance(module, DecoupledConv2d)}
+    operators = {layer: layer.operator for layer in decoupled_layers(model).values()}
     try:
         yield
     except BaseException:

@@ -221,6 +221,11 @@ class DecoupledConv2d(nn.Conv2d):
         return f"{super().extra_repr()}, operator={self.operator}"
 
 
+def decoupled_layers(network: nn.Module) -> dict[str, DecoupledConv2d]:
+    """Return the decoupled convolutions of a network by their first names."""
+    return {name: module for name, module in network.named_modules() if isinstance(module, DecoupledConv2d)}
+
+
 # Field: (lowest legal value, whether that value itself is legal).
 _LOWEST = {
     "radius": (0.0, False),

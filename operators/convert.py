@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from operators.conv import DecoupledConv2d, OperatorConfig
+from operators.conv import DecoupledConv2d, OperatorConfig, decoupled_layers
 from operators.timm_conv import COUNTERPARTS
 
 Filter = Callable[[nn.Module, str], bool]
@@ -175,7 +175,7 @@ def revert(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: ``model`` has no decoupled convolution.
     """
-    layers = [module for module in model.modules() if isinstance(module, DecoupledConv2d)]
+    layers = decoupled_layers(model).values()
     if not layers:
         raise ValueError(f"nothing to revert: {type(model).__name__} has no DecoupledConv2d")
     for layer in layers:

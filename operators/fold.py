@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from operators.angular import cosine
-from operators.conv import DecoupledConv2d
+from operators.conv import DecoupledConv2d, decoupled_layers
 from operators.functional import filter_factor, filter_multiplier, respond_to_patches
 
 # Relative to the largest answer; far above float32's rounding in deep networks, far below a norm left out.
@@ -188,7 +188,7 @@ class _Tracer(fx.Tracer):
 
 def _followers(model: nn.Module, prefix: str = "") -> dict[str, tuple[str, str]]:
     """Return, by the name of each decoupled convolution that can be traced, its BatchNorm's name or why it has none."""
-    if not any(isinstance(module, DecoupledConv2d) for module in model.modules()):
+    if not decoupled_layers(model):
         return {}
     # Arguments at their defaults, as in a call with images alone.
     parameters = inspect.signature(model.forward).parameters

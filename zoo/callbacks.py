@@ -17,9 +17,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from operators import filter_norm
+from operators import decoupled_layers, filter_norm
 from zoo.checkpoints import write_whole
-from zoo.models import decoupled_layers
 
 
 class WeightProjection(Callback):

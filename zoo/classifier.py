@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 from torchvision.transforms.v2 import MixUp
 
-from operators import DecoupledConv2d, calibrate, filter_norm
+from operators import DecoupledConv2d, calibrate, decoupled_layers, filter_norm
 from operators.convert import classifier_layers
 from zoo.checkpoints import CONFIG, list_checkpoints
 from zoo.data import ImageData
-from zoo.models import PLAIN, ImageModel, ModelSpec, build, decoupled_layers
+from zoo.models import PLAIN, ImageModel, ModelSpec, build
 from zoo.sources import convert, licence_of, start_from
 
 # Training images whose norms a converted network is fitted to.

@@ -10,7 +10,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from operators import DecoupledConv2d, OperatorConfig, convert_decoupled
+from operators import OperatorConfig, convert_decoupled, decoupled_layers
 from operators.lookup import look_up, unknown_name
 from zoo import architectures
 from zoo.transforms import ImageTransform
@@ -305,11 +305,6 @@ def check_input_size(model: ImageModel) -> None:
         raise _size_error(spec.architecture, made_for, spec.input_size, error) from error
     finally:
         model.train(training)
-
-
-def decoupled_layers(network: nn.Module) -> dict[str, DecoupledConv2d]:
-    """Return the decoupled convolutions of a network by their first names."""
-    return {name: module for name, module in network.named_modules() if isinstance(module, DecoupledConv2d)}
 
 
 def list_architectures(own: bool = False) -> list[str]:
