@@ -62,7 +62,7 @@ class Case:
         channels, size, _ = config.input_size
         arguments = {"num_classes": 10}
         if size > LARGEST and not config.fixed_input_size:
-            size = LARGEST
+            size = max(LARGEST, (config.min_input_size or (0,))[-1])
         torch.manual_seed(0)
         network = timm.create_model(architecture, **arguments).eval()
         move_constants(network)
@@ -221,7 +221,7 @@ def smallest(module: str) -> tuple[str, bool]:
     """Return the architecture of a timm module that has the fewest parameters, and whether it has a convolution."""
     sizes = {}
     # Ours are registered beside timm's.
-    for name in set(timm.list_models(module=module)) - set(ARCHITECTURES):
+    for name in sorted(set(timm.list_models(module=module)) - set(ARCHITECTURES)):
         with torch.device("meta"):
             try:
                 network = timm.create_model(name)
