@@ -218,7 +218,10 @@ def modules() -> list[str]:
 
 
 def smallest(module: str) -> tuple[str, bool]:
-    """Return the architecture of a timm module that has the fewest parameters, and whether it has a convolution."""
+    """Return the architecture of a timm module with the fewest parameters, and whether it has a convolution.
+
+    Of several, it is the one with the most convolutions.
+    """
     sizes = {}
     # Ours are registered beside timm's.
     for name in sorted(set(timm.list_models(module=module)) - set(ARCHITECTURES)):
@@ -229,10 +232,10 @@ def smallest(module: str) -> tuple[str, bool]:
             except (RuntimeError, NotImplementedError):
                 with torch.device("cpu"):
                     network = timm.create_model(name)
-        has_convolution = any(isinstance(layer, _ConvNd) for layer in network.modules())
-        sizes[name] = sum(parameter.numel() for parameter in network.parameters()), has_convolution
-    name = min(sizes, key=lambda name: sizes[name][0])
-    return name, sizes[name][1]
+        convolutions = sum(isinstance(layer, _ConvNd) for layer in network.modules())
+        sizes[name] = sum(parameter.numel() for parameter in network.parameters()), -convolutions
+    name = min(sizes, key=lambda name: sizes[name])
+    return name, sizes[name][1] < 0
 
 
 def main() -> None:
