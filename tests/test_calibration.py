@@ -197,6 +197,10 @@ def test_wrong_arguments_name_the_value():
         diagnose(converted("tanh_cosine"), images())
     with pytest.raises(TypeError, match="calibrate takes a network, then batches, but got list as the network"):
         calibrate([images()], converted("tanh_cosine"))
+    for compiled in (torch.compile(converted("tanh_cosine")), converted("tanh_cosine")):
+        compiled.compile()
+        with pytest.raises(TypeError, match="calibrate takes the network before torch.compile"):
+            calibrate(compiled, [images()])
     with pytest.raises(TypeError, match="tensor of images.*got str"):
         diagnose(converted("tanh_cosine"), ["image.png"])
 

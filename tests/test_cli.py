@@ -223,7 +223,7 @@ def test_predict_goes_on_without_unreadable_files_and_names_each(run):
     status, printed, errors = run("predict", "--model.init_from=digits_cnn6_conv", *words)
     assert status == 1 and "20 of 20 images" in printed and len(Path("guesses.csv").read_text().splitlines()) == 21
     assert errors.endswith(
-        "error: 2 of 22 images cannot be read; remove or replace them:\n"
+        "error: 2 of 22 images cannot be read; the other 20 are in the table above. Remove or replace:\n"
         "  photos/train/cat/broken.jpg: no image of a known kind\n"
         "  photos/train/dog/broken.png: no image of a known kind\n"
     )
@@ -242,6 +242,14 @@ def test_images_are_read_as_the_network_that_one_starts_from_takes_them(run, wor
     assert (record["data"]["arguments"]["in_chans"], record["data"]["arguments"]["input_size"]) == expected
     status, _, errors = run("test", "--ckpt_path", path)
     assert status == 0, errors
+
+
+def test_fewer_epochs_than_a_run_has_had_are_refused(run):
+    path = fit(run, "--trainer.max_epochs=2")
+    before = path.read_bytes()
+    status, _, errors = run("fit", "--ckpt_path", path, "--trainer.max_epochs=1")
+    assert status == 1 and "the run has had 2 epochs, more than --trainer.max_epochs 1: to train on, raise it" in errors
+    assert path.read_bytes() == before
 
 
 def test_a_run_that_started_from_a_network_goes_on_with_its_configuration_file(run):
@@ -422,7 +430,10 @@ WRONG = {
     "folder": ("fit --data ImageFolder --data.root nowhere", "no folder nowhere/train"),
     "untrained": ("test", "test needs a trained network: --ckpt_path"),
     "checkpoint": ("test --ckpt_path nowhere.ckpt", "no Lightning checkpoint nowhere.ckpt"),
-    "checkpoint folder": ("test --ckpt_path digits_cnn6_conv", "zoo: leave out --ckpt_path and start from it with --m"),
+    "checkpoint folder": (
+        "test --ckpt_path digits_cnn6_conv",
+        "zoo: fit and predict take it as --model.init_from d",
+    ),
     "size": (
         "fit --model.architecture vit_tiny_patch16_224 --model.operator conv",
         "for images of 224×224 pixels, can",
@@ -433,12 +444,12 @@ WRONG = {
     ),
     "init_from and operator": (
         "fit --model.init_from digits_cnn6_tanh_cosine --model.operator ball_cosine",
-        "tanh_cosine already, and neither converted nor calibrated again: leave out operator and calibrate, or start",
+        "tanh_cosine already, and only a plain one is converted and calibrated: start from its plain twin",
     ),
     "calibrate nothing": ("fit --model.calibrate 0.99", "calibrate fits a trained plain network"),
     "calibrate a plain network": (
         "fit --model.init_from digits_cnn6_conv --model.calibrate 0.99",
-        "needs init_from, which names the network, and operator",
+        "needs init_from, a plain network, and operator, got init_from digits_cnn6_conv and operator None",
     ),
     "operator of a network as it is": (
         "test --model.init_from digits_cnn6_conv --model.operator ball_cosine",
@@ -466,6 +477,14 @@ WRONG = {
         "predict --model.init_from digits_cnn6_conv --trainer.devices 2 --trainer.strategy ddp_spawn",
         "one device",
     ),
+    "csv": (
+        "predict --model.init_from digits_cnn6_conv --predictions.output guesses.json",
+        "the predictions are written as CSV, so output ends in .csv, got guesses.json",
+    ),
+    "setting of another set": (
+        "fit --data.root photos",
+        "a setting of MNIST or CIFAR10 or CIFAR100 or ImageFolder (--d",
+    ),
     "image": ("predict --model.init_from digits_cnn6_conv --data.predict nowhere.png", "nowhere.png"),
 }
 
@@ -485,7 +504,7 @@ def test_a_folder_or_file_of_the_other_kind_is_told(run):
     assert status == 1 and "it is a folder: name the file in it, run/last.ckpt" in errors
     shutil.copytree(PRETRAINED / "digits_cnn6_conv", "mine")
     status, _, errors = run("test", "--ckpt_path", "mine")
-    assert status == 1 and "it is a checkpoint of the zoo: leave out --ckpt_path and start from it with" in errors
+    assert status == 1 and "of the zoo: fit and predict take it as --model.init_from mine, not" in errors
     status, _, errors = run("predict", "--model.init_from", path)
     assert status == 1 and "last.ckpt is a file, but a checkpoint is a folder; python -m zoo export makes" in errors
 
@@ -514,7 +533,7 @@ def test_corrupt_and_missing_images_are_named(run):
     Path("photos/train/bird").mkdir()
     Path("photos/train/cat/0.png").rename("photos/train/bird/0.png")
     status, _, errors = run(*words)
-    assert status == 1 and "must have the same class folders, but only one has bird, dog" in errors
+    assert status == 1 and "but only photos/train has bird and only photos/val has dog; add" in errors
 
 
 def test_the_command_line_has_no_stack_trace_in_a_process_of_its_own(tmp_path):

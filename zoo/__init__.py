@@ -1,11 +1,12 @@
 """A model zoo of decoupled networks. Importing it, and loading a model, never imports lightning."""
 
+from zoo import registration
 from zoo.checkpoints import (
-    CheckpointError,
     Metric,
     accuracy,
     find,
     list_checkpoints,
+    list_published,
     load,
     load_untrained,
     record_speed,
@@ -13,10 +14,12 @@ from zoo.checkpoints import (
     save,
     verify,
 )
+from zoo.errors import CheckpointError, HubError
 from zoo.models import ImageModel, build, list_architectures
 
 __all__ = [
     "CheckpointError",
+    "HubError",
     "ImageModel",
     "Metric",
     "accuracy",
@@ -24,6 +27,7 @@ __all__ = [
     "find",
     "list_architectures",
     "list_checkpoints",
+    "list_published",
     "load",
     "load_untrained",
     "record_speed",
@@ -31,3 +35,5 @@ __all__ = [
     "save",
     "verify",
 ]
+
+registration.register()

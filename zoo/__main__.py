@@ -27,6 +27,7 @@ from zoo.data import Digits, sample_files
 from zoo.export import check_absent, check_name, export, recorded_data
 from zoo.models import PLAIN
 from zoo.plots import plot_operators, plot_predictions
+from zoo.publish import publish
 from zoo.reports import write_reports
 from zoo.sources import convert, licence_of, start_from
 from zoo.tables import RESULTS, list_tables, read_table, result_path, run_table
@@ -38,6 +39,8 @@ MINUTES = (
 )
 
 OUTPUTS = Path("outputs")
+# Of the norms that occur, which becomes the radius unless another is asked for.
+QUANTILE = 0.99
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -84,12 +87,21 @@ def main() -> None:
     command.add_argument("--classes", type=Path, help="a text file with the name of each class, one a line")
     command.add_argument("--images", type=Path, help="a file or folder of images to calibrate the network on")
     command.add_argument(
-        "--quantile", type=float, default=0.99, help="of the norms that become the radius (default: %(default)s)"
+        "--quantile", type=float, help=f"of the norms that become the radius (default: {QUANTILE}); only with --images"
     )
     command.add_argument("--licence", help="of the weights; by default that of the source, if it is known")
     command.add_argument("--to", type=Path, default=OUTPUTS, help="parent of the new folder (default: %(default)s)")
     command.add_argument("--overwrite", action="store_true", help="replace a folder that exists")
     command.set_defaults(function=convert_checkpoint)
+
+    command = commands.add_parser("publish", help="put a checkpoint into a repository of the Hugging Face Hub")
+    command.description = "Check a checkpoint, put it into a Hub repository in one commit, and print the commit to pin."
+    command.add_argument("name", help="the checkpoint's name or folder")
+    command.add_argument("--repo-id", required=True, metavar="OWNER/NAME", help="the repository; made if there is none")
+    command.add_argument("--private", action="store_true", help="make the repository private")
+    command.add_argument("--revision", help="a branch, made from main if there is none (default: main)")
+    command.add_argument("--dry-run", action="store_true", help="only say what is missing; no request is made")
+    command.set_defaults(function=publish_checkpoint)
 
     command = commands.add_parser("train-zoo", help="train, export and verify every recipe that has no checkpoint yet")
     command.description = (
@@ -200,15 +212,18 @@ def convert_checkpoint(arguments: argparse.Namespace) -> None:
     _, named, operator = arguments.name.rpartition(f"_{architecture}_")
     operator = arguments.operator or (operator if named else "<operator>")
     check_name(arguments.name, architecture, operator)
+    if arguments.quantile is not None and not arguments.images:
+        raise ValueError("--quantile says how to calibrate, which needs --images")
     if arguments.classes:
-        model.rename_classes(arguments.classes.read_text(encoding="utf-8").splitlines())
+        model.rename_classes(read_classes(arguments.classes, len(model.class_names)))
     report = None if operator == PLAIN else convert(model, operator)
     calibration = "not calibrated (--images), so train it before use"
     if report is None and arguments.images:
         raise ValueError("a plain network is not calibrated; leave out --images, or choose an operator")
     if arguments.images:
         images = sample_files(arguments.images, CALIBRATION_IMAGES, model.transform)
-        _, calibration = calibrate(model, [to_float(images)], arguments.quantile)
+        quantile = QUANTILE if arguments.quantile is None else arguments.quantile
+        _, calibration = calibrate(model, [to_float(images)], quantile)
     command = shlex.join(["python", "-m", "zoo", *sys.argv[1:]])
     training = {"converted_from": arguments.source, "command": command, **origin(torch.device("cpu"))}
     # Of weights in a file nothing is known.
@@ -221,6 +236,26 @@ def convert_checkpoint(arguments: argparse.Namespace) -> None:
         Console().print(table)
         print(calibration)
     print(f"written: {folder}")
+
+
+def read_classes(path: Path, count: int) -> list[str]:
+    """Read the names of ``count`` classes, each in a line of its own."""
+    names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    if len(names) != count or not all(names) or len(set(names)) < count:
+        raise ValueError(
+            f"{path} has {len(names)} lines, {len(set(names) - {''})} of them different names; the network has {count} "
+            "classes, each of which needs a name of its own, one a line"
+        )
+    return names
+
+
+def publish_checkpoint(arguments: argparse.Namespace) -> None:
+    settings = {"private": arguments.private, "revision": arguments.revision, "dry_run": arguments.dry_run}
+    commit = publish(arguments.name, arguments.repo_id, **settings)
+    if commit is None:
+        print(f"{arguments.name} is fit to be published")
+    else:
+        print(f"published; to load it: zoo.load({arguments.repo_id!r}, revision={commit!r})")
 
 
 def checkpoint_name(text: str) -> str:

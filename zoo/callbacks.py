@@ -163,18 +163,21 @@ class PredictionTable(BasePredictionWriter):
     """Show the predicted classes as a table, and write them all as CSV.
 
     Args:
-        output: the CSV file (columns: image, then class and probability of the likeliest classes); none by default.
+        output: the CSV file (columns: image, then class and probability of the likeliest classes), whose name ends in
+            .csv; none by default.
         top: how many of the likeliest classes are shown.
         rows: how many images the table on the screen shows; the file has all.
 
     Raises:
-        ValueError: ``top`` or ``rows`` below 1.
+        ValueError: ``top`` or ``rows`` below 1, or an ``output`` that is no name of a CSV file.
     """
 
     def __init__(self, output: str | None = None, top: int = 3, rows: int = 20) -> None:
         super().__init__(write_interval="epoch")
         if min(top, rows) < 1:
             raise ValueError(f"top and rows must be at least 1, got {top} and {rows}")
+        if output is not None and (Path(output).suffix.lower() != ".csv" or Path(output).is_dir()):
+            raise ValueError(f"the predictions are written as CSV, so output ends in .csv, got {output}")
         self.output = output
         self.top = top
         self.rows = rows

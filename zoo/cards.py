@@ -1,28 +1,32 @@
 """Markdown: the model card of a checkpoint, generated from its ``config.json``, and tables."""
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from huggingface_hub import EvalResult, ModelCardData
+
+# The Hub's names of data sets, by those of our data modules.
+HUB_DATASETS = {"MNIST": "ylecun/mnist", "CIFAR10": "uoft-cs/cifar10", "CIFAR100": "uoft-cs/cifar100"}
+
 
 def model_card(config: Mapping[str, Any]) -> str:
-    """Return the card in Markdown, with the metadata header that the Hugging Face Hub reads."""
+    """Return the card in Markdown, with the metadata that the Hugging Face Hub reads."""
     name, operator = config["name"], config["operator"]
     plain = isinstance(operator, str)
     operator_name = operator if plain else f"{operator['magnitude']}_{operator['angular']}"
+    architecture = config["model_args"].get("architecture", config["architecture"])
     convolutions = "ordinary convolutions" if plain else f"the decoupled operator `{operator_name}`"
     colours = {1: "grey", 3: "RGB"}.get(config["in_chans"], f"{config['in_chans']} channels")
     lines = [
         "---",
-        f"license: {_licence_identifier(config['licence'])}",
-        "pipeline_tag: image-classification",
-        "library_name: decoupled-zoo",
-        f"tags: [image-classification, decoupled-networks, {config['architecture']}, {operator_name}]",
+        metadata(config, architecture, operator_name).to_yaml(),
         "---",
         "",
         f"# {name}",
         "",
-        f"`{config['architecture']}` with {convolutions}, for {len(config['class_names'])} classes. It takes images of "
+        f"`{architecture}` with {convolutions}, for {len(config['class_names'])} classes. It takes images of "
         f"{config['input_size']}×{config['input_size']} pixels in [0, 1], {colours}; "
         "normalisation is inside the model.",
         "",
@@ -31,7 +35,7 @@ def model_card(config: Mapping[str, Any]) -> str:
         "",
         "import zoo",
         "",
-        "# The folder of this card; for a checkpoint that zoo.list_checkpoints() names, its name will do.",
+        "# The folder or Hub repository of this card; for one that zoo.list_checkpoints() names, its name will do.",
         f'model = zoo.load("path/to/{name}")',
         'image = model.transform(Image.open("image.png"))',
         "probabilities = model(image[None]).softmax(1)[0]",
@@ -67,10 +71,45 @@ def model_card(config: Mapping[str, Any]) -> str:
         ("sha256 of `model.safetensors`", f"`{config['sha256']}`"),
     ]
     lines.append(markdown_table(("", ""), facts))
+    if config["metrics"]:
+        data = " and ".join(sorted({metric["dataset"] for metric in config["metrics"]}))
+        lines += ["", f"The weights were trained on {data}, whose terms they follow: {config['licence']}."]
     if not plain:
         twin = name.removesuffix(operator_name) + "conv"
         lines += ["", f"Compare it with its twin of ordinary convolutions, `{twin}`, where that is published."]
     return "\n".join(lines) + "\n"
+
+
+def metadata(config: Mapping[str, Any], architecture: str, operator_name: str) -> ModelCardData:
+    """Return what the Hub shows and searches."""
+    licence = config["licence"]
+    # The Hub's identifiers are those of SPDX in small letters; anything else is "other", with a name.
+    known = " " not in licence
+    data = config["training"].get("data", {})
+    dataset = HUB_DATASETS.get(data.get("name"))
+    results = [
+        EvalResult(
+            task_type="image-classification",
+            dataset_type=dataset or data.get("name", metric["dataset"]),
+            dataset_name=metric["dataset"],
+            dataset_split=metric["split"],
+            metric_type=metric["name"],
+            metric_value=metric["value"],
+            metric_name=f"{metric['name']} on {metric['images']:,} images",
+        )
+        for metric in config["metrics"]
+    ]
+    return ModelCardData(
+        license=licence.lower() if known else "other",
+        license_name=None if known else re.sub("[^a-z0-9.]+", "-", licence.lower()).strip("-"),
+        library_name="decoupled-zoo",
+        pipeline_tag="image-classification",
+        tags=["image-classification", "decoupled-networks", "timm", architecture, operator_name],
+        datasets=[dataset] if dataset else None,
+        # The Hub wants a model's name beside results, and nowhere else.
+        model_name=config["name"] if results else None,
+        eval_results=results or None,
+    )
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -81,8 +120,3 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 def _names(names: Sequence[str]) -> str:
     # Names of ImageNet's classes are lists of synonyms themselves.
     return ("; " if any("," in name for name in names) else ", ").join(names)
-
-
-def _licence_identifier(licence: str) -> str:
-    """Return the Hub's identifier of an SPDX name without spaces; anything else is ``other``."""
-    return licence.lower() if " " not in licence else "other"

@@ -6,26 +6,28 @@ import hashlib
 import json
 import math
 import os
-import re
 import tempfile
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor, nn
 
 from operators.lookup import look_up, unknown_name
+from zoo import hub
 from zoo.cards import model_card
+from zoo.errors import CheckpointError, HubError
+from zoo.hub import CARD, CONFIG, WEIGHTS
 from zoo.models import ImageModel, ModelSpec
 
 SCHEMA = 1
 PRETRAINED = Path(__file__).parent / "pretrained"
-CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
+# Names of checkpoints too large to embed, with the repository and the commit that have them.
+PUBLISHED = PRETRAINED / "published.json"
 
 # Larger headers are refused before they are parsed: a small file can name gigabytes of tensors.
 LARGEST_HEADER, MOST_TENSORS = 1 << 20, 5000
@@ -38,10 +40,6 @@ PRECISIONS = {"float32": torch.float32, "float16": torch.float16}
 
 # Logits of the same weights differ by rounding between machines and releases of torch; relative to the largest logit.
 FINGERPRINT_TOLERANCE = 1e-4
-
-
-class CheckpointError(ValueError):
-    """A checkpoint folder that is incomplete, damaged, or not what its ``config.json`` says."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,33 +58,54 @@ def list_checkpoints() -> list[str]:
     return sorted(path.parent.name for path in PRETRAINED.glob(f"*/{CONFIG}"))
 
 
+def list_published() -> dict[str, dict[str, str]]:
+    """Return, by name, the ``repository`` and ``commit`` of the checkpoints that are published but not embedded."""
+    return json.loads(PUBLISHED.read_text(encoding="utf-8"))
+
+
 def load(
     where: str | os.PathLike[str],
     *,
     num_classes: int | None = None,
     in_chans: int | None = None,
+    revision: str | None = None,
+    local_files_only: bool = False,
     device: torch.device | str | None = None,
 ) -> ImageModel:
     """Return the model of a checkpoint, in evaluation mode.
 
+    The weights' sha256 is computed on every load. Files from the Hub that are damaged are fetched once more.
+
     Args:
-        where: the name of an embedded checkpoint (see :func:`list_checkpoints`), the path of a checkpoint folder, or a
-            Hub repository, ``"owner/name"``.
+        where: the name of an embedded or published checkpoint (see :func:`list_checkpoints`), the path of a checkpoint
+            folder, or a Hub repository, ``"owner/name"``, which is fetched into the Hub's cache.
         num_classes: another number gives the model a fresh, untrained classifier, and says so.
         in_chans: another number spreads the first convolution's filters over that many channels, and says so. Images
             with equal channels then get the answers they had: exactly so from one channel, and for ordinary
             convolutions from several; not where weights are standardised.
+        revision: of a Hub repository: a commit, which is never asked for again once it is in the cache, a branch or a
+            tag; by default the newest commit.
+        local_files_only: take a Hub repository from the cache alone, as with ``HF_HUB_OFFLINE=1``.
         device: where the model is put; the CPU by default.
 
     Raises:
         ValueError: no such checkpoint, or less than one class or channel.
         CheckpointError: a folder whose files are missing, damaged or do not fit together.
+        HubError: a Hub repository that cannot be had.
     """
-    folder = find(where)
-    config = read_config(folder)
-    model = _build(config, folder)
-    model.network.load_state_dict(_read_weights(folder, config, model.network.state_dict()))
-    model.eval()
+    source = {"revision": revision, "local_files_only": local_files_only}
+    folder = find(where, **source)
+    in_cache = _repository(where, revision) is not None
+    try:
+        model = _read(folder, in_cache)
+    except CheckpointError as error:
+        if not in_cache:
+            raise
+        try:
+            folder = find(where, **source, renew=True)
+        except HubError as again:
+            raise CheckpointError(f"{error}. Fetching it again failed: {again}") from error
+        model = _read(folder, in_cache)
     if in_chans not in (None, model.spec.in_chans):
         if in_chans < 1:
             raise ValueError(f"in_chans must be at least 1, got {in_chans}")
@@ -99,15 +118,20 @@ def load(
 
 
 def load_untrained(
-    where: str | os.PathLike[str], *, num_classes: int | None = None, device: torch.device | str | None = None
+    where: str | os.PathLike[str],
+    *,
+    num_classes: int | None = None,
+    revision: str | None = None,
+    device: torch.device | str | None = None,
 ) -> ImageModel:
     """Return the model that a checkpoint describes, freshly initialised and in training mode.
 
     Raises:
         ValueError: no such checkpoint, or less than one class.
         CheckpointError: a ``config.json`` that describes no model.
+        HubError: a Hub repository that cannot be had.
     """
-    folder = find(where)
+    folder = find(where, revision=revision)
     model = _build(read_config(folder), folder)
     if num_classes not in (None, len(model.class_names)):
         model.reset_classifier([str(label) for label in range(num_classes)])
@@ -154,6 +178,7 @@ def save(
         "schema": SCHEMA,
         "name": folder.name,
         **spec.to_dict(),
+        **_fields_of_timm(model, licence),
         "metrics": [dataclasses.asdict(metric) for metric in metrics],
         "training": dict(training or {}),
         "licence": licence,
@@ -260,15 +285,29 @@ def fingerprint(model: ImageModel) -> list[list[float]]:
     return [[round(value, 6) for value in row] for row in logits.tolist()]
 
 
-def find(where: str | os.PathLike[str]) -> Path:
-    """Return the folder of an embedded checkpoint's name, of a path, or of a Hub repository, fetched if need be.
+def find(
+    where: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    local_files_only: bool = False,
+    renew: bool = False,
+) -> Path:
+    """Return the folder of a checkpoint's name, of a path, or of a Hub repository, fetched if need be.
 
     A string that is such a name stands for that checkpoint; ``"./NAME"`` and ``Path("NAME")`` are folders.
 
+    Args:
+        revision, local_files_only, renew: of a Hub repository; see :func:`zoo.hub.fetch`.
+
     Raises:
         ValueError: none of these; the message lists the names and the nearest one.
+        HubError: a Hub repository that cannot be had.
     """
     name = os.fspath(where)
+    if repository := _repository(where, revision):
+        return hub.fetch(repository[0], revision=repository[1], local_files_only=local_files_only, renew=renew)
+    if revision is not None:
+        raise ValueError(f"revision={revision!r} is that of a Hub repository (owner/name), and {name} is none")
     if isinstance(where, str) and name in list_checkpoints():
         return PRETRAINED / name
     if Path(name).is_dir():
@@ -278,20 +317,32 @@ def find(where: str | os.PathLike[str]) -> Path:
             f"{name} is a file, but a checkpoint is a folder; python -m zoo export makes one of a Lightning checkpoint "
             "(best.ckpt, last.ckpt)"
         )
-    message = unknown_name("checkpoint", name, list_checkpoints()) + " Or give the path of a folder."
-    if name == Path(name).name:
-        raise ValueError(message)
-    # A path in a folder that exists is a misspelt path.
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) or Path(name).parent.is_dir():
+    if name != Path(name).name:
         raise ValueError(f"no checkpoint folder {name}; check the path")
-    try:
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=[CONFIG, WEIGHTS, CARD]))
-    # The Hub's client, and what it is made of, have no error in common.
-    except Exception as error:
-        raise ValueError(
-            f"{message} As a Hub repository it cannot be had, for it is misspelt, private or gated, or there is no "
-            f"network ({type(error).__name__}: {error})"
-        ) from error
+    legal = [*list_checkpoints(), *list_published()]
+    raise ValueError(f"{unknown_name('checkpoint', name, legal)} Or give the path of a folder.")
+
+
+def _repository(where: str | os.PathLike[str], revision: str | None) -> tuple[str, str | None] | None:
+    """Return the Hub repository that ``where`` stands for, and its revision; None if it is a folder."""
+    name = os.fspath(where)
+    if not isinstance(where, str) or name in list_checkpoints():
+        return None
+    if published := list_published().get(name):
+        return published["repository"], revision or published["commit"]
+    # A path in a folder that exists is a misspelt path.
+    is_path = Path(name).exists() or Path(name).parent.is_dir()
+    return (name, revision) if hub.is_repository(name) and not is_path else None
+
+
+def _read(folder: Path, in_cache: bool) -> ImageModel:
+    """Return the model of a folder, which may be one of the Hub's cache."""
+    if in_cache and (damaged := hub.damaged(folder)):
+        raise CheckpointError(f"{' and '.join(damaged)} in {folder} is not what the Hub sent: it is damaged")
+    config = read_config(folder)
+    model = _build(config, folder)
+    model.network.load_state_dict(_read_weights(folder, config, model.network.state_dict()))
+    return model.eval()
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -349,9 +400,12 @@ _FIELDS: dict[str, type | tuple[type, ...]] = {
 def write_whole(path: Path, text: str) -> None:
     """Write a text file whole or not at all."""
     draft = path.with_name(f"{path.name}.part")
-    # The line ends of the text itself: those of CSV are the same everywhere.
-    draft.write_text(text, encoding="utf-8", newline="")
-    draft.replace(path)
+    try:
+        # The line ends of the text itself: those of CSV are the same everywhere.
+        draft.write_text(text, encoding="utf-8", newline="")
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
 
 
 def put_in_place(draft: Path, folder: Path, old: Path) -> None:
@@ -365,6 +419,28 @@ def put_in_place(draft: Path, folder: Path, old: Path) -> None:
         if replaces and not folder.exists():
             old.rename(folder)
         raise
+
+
+def _fields_of_timm(model: ImageModel, licence: str) -> dict[str, Any]:
+    """Return what timm wants to know beside the fields of the spec."""
+    spec = model.spec
+    # How a network of timm says which layers follow the channels and the classes.
+    made_for = getattr(model.network, "pretrained_cfg", None) or {}
+    layers = {name: made_for[name] for name in ("first_conv", "classifier", "fixed_input_size") if name in made_for}
+    return {
+        "num_classes": len(spec.class_names),
+        "pretrained_cfg": {
+            "input_size": [spec.in_chans, spec.input_size, spec.input_size],
+            "mean": list(spec.mean),
+            "std": list(spec.std),
+            "interpolation": "bilinear",
+            "crop_pct": 1.0,
+            "num_classes": len(spec.class_names),
+            "label_names": list(spec.class_names),
+            "license": licence,
+            **layers,
+        },
+    }
 
 
 def _build(config: dict[str, Any], folder: Path) -> ImageModel:

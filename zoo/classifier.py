@@ -114,9 +114,10 @@ class Classifier(L.LightningModule):
         if calibrate is not None and not 0 < calibrate <= 1:
             raise ValueError(f"calibrate is a quantile in (0, 1], got {calibrate}")
         if calibrate is not None and (not init_from or operator in (None, PLAIN)):
+            given = f"init_from {init_from} and operator {operator}"
             raise ValueError(
-                "calibrate fits a trained plain network, just converted, to its images: it needs init_from, which "
-                "names the network, and operator"
+                "calibrate fits a trained plain network that is just converted: it needs init_from, a plain network, "
+                f"and operator, got {given}; of a network that is decoupled already, leave out calibrate"
             )
         own = {"architecture": architecture, "architecture_args": architecture_args}
         if init_from and (ignored := [name for name, value in own.items() if value]):
@@ -261,6 +262,12 @@ class Classifier(L.LightningModule):
         if stage == "fit":
             self._check_optimizer(record["model"])
             self.earlier_commands = [record["training"]["command"]]
+            done = checkpoint["epoch"] + 1
+            if 0 <= self.trainer.max_epochs < done:
+                raise ValueError(
+                    f"the run has had {done} epochs, more than --trainer.max_epochs {self.trainer.max_epochs}: to "
+                    "train on, raise it"
+                )
             self.resumed_step = checkpoint["global_step"]
             self.source = record.get("source")
         # Built again, for the checkpoint's normalisation is part of its spec and not among its weights.
@@ -406,7 +413,7 @@ def read_lightning_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 def _meant_instead(path: Path) -> str:
     if str(path) in list_checkpoints() or (path / CONFIG).is_file():
-        return f"it is a checkpoint of the zoo: leave out --ckpt_path and start from it with --model.init_from {path}"
+        return f"it is a checkpoint of the zoo: fit and predict take it as --model.init_from {path}, not as --ckpt_path"
     if (path / "last.ckpt").is_file():
         return f"it is a folder: name the file in it, {path / 'last.ckpt'}"
     return "train.py fit writes best.ckpt and last.ckpt"

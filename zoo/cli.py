@@ -95,7 +95,10 @@ class ZooCLI(LightningCLI):
                 raise ValueError(unknown_name("data set", unknown[1], DATA)) from error
             if unknown := re.search(r"class_path '[\w.]*?(\w+)':\s+Option '(\w+)' is not accepted", str(error)):
                 legal = inspect.signature(look_up(DATA, unknown[1], "data set")).parameters
-                raise ValueError(unknown_name(f"setting (--data) of {unknown[1]}", unknown[2], legal)) from error
+                message = unknown_name(f"setting (--data) of {unknown[1]}", unknown[2], legal)
+                if others := [name for name, kind in DATA.items() if unknown[2] in inspect.signature(kind).parameters]:
+                    message += f" Or is it a setting of {' or '.join(others)} (--data {others[-1]})?"
+                raise ValueError(message) from error
             if unknown := re.search(r"unrecognized arguments: (--[^\s=]+)", str(error)):
                 known = parser.parse_args([*arguments[:subcommand], *settings])[arguments[subcommand - 1]]
                 raise ValueError(unknown_option(unknown[1], options(known))) from error
@@ -117,7 +120,9 @@ class ZooCLI(LightningCLI):
 
     def after_predict(self) -> None:
         if broken := self.datamodule.unreadable_files:
-            raise ValueError(unreadable(broken, len(broken) + len(self.datamodule.predict_files)))
+            count = len(self.datamodule.predict_files)
+            then = f"; the other {count} are in the table above. Remove or replace"
+            raise ValueError(unreadable(broken, len(broken) + count, then))
 
     def before_instantiate_classes(self) -> None:
         # Lightning has put the checkpoint's settings above the command line's.
@@ -265,8 +270,10 @@ def network_settings(record: Mapping[str, Any]) -> dict[str, Any]:
 def readable_errors() -> Iterator[None]:
     """Turn errors that a person can cure into one message and exit status 1, and Ctrl-C into exit status 130.
 
-    ``ZOO_TRACEBACK=1`` shows the stack.
+    ``ZOO_TRACEBACK=1`` shows the stack. Warnings are shown without the line of code that gave them.
     """
+    formatwarning = warnings.formatwarning
+    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     try:
         yield
     except CURABLE as error:
@@ -278,6 +285,8 @@ def readable_errors() -> Iterator[None]:
         if interrupted(error):
             sys.exit(INTERRUPTED)
         raise
+    finally:
+        warnings.formatwarning = formatwarning
 
 
 def interrupted(error: BaseException) -> bool:

@@ -36,6 +36,8 @@ from zoo.transforms import ImageTransform
 # Images to predict on are read later, when it is known what the network takes.
 STAGES = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ()}
 
+SPLITS = ("train", "val", "test")
+
 # Arguments that say how images are used, not which they are.
 USES = ("batch_size", "augment", "predict")
 
@@ -187,8 +189,8 @@ class ImageData(L.LightningDataModule, abc.ABC):
         Raises:
             ValueError: an unknown split.
         """
-        if split not in ("train", "val", "test"):
-            raise ValueError(unknown_name("split", split, ("train", "val", "test")))
+        if split not in SPLITS:
+            raise ValueError(unknown_name("split", split, SPLITS))
         self.prepare_data()
         for images, labels in DataLoader(self.split(split), self.batch_size, collate_fn=_as_it_is):
             yield self._as_evaluated(images), labels
@@ -450,7 +452,7 @@ class CIFAR100(CIFAR10):
 
 
 class ImageFolder(ImageData):
-    """Your own images: root/train/CLASS/*, and, if you have them, root/val/CLASS/* and root/test/CLASS/*.
+    """Your own images: root/train/CLASS/**, and, if you have them, root/val/CLASS/** and root/test/CLASS/**.
 
     Without ``val``, a share of ``train`` is held out for validation. Without ``test``, the validation images are the
     test images too. Images are converted to grey or RGB, resized (the shorter side) and cropped in the centre; files
@@ -589,11 +591,17 @@ class ImageFolder(ImageData):
                 f"{train} needs a folder for each of two or more classes, but has {', '.join(names) or 'none'}"
             )
         for split in ("val", "test"):
-            if self._has(split) and (differ := set(names) ^ set(class_folders(self.root / split))):
-                raise ValueError(
-                    f"{self.root / split} and {train} must have the same class folders, but only one has "
-                    f"{_first(sorted(differ))}; add or remove these"
+            if self._has(split) and (theirs := class_folders(self.root / split)) != names:
+                only = {train: set(names) - set(theirs), self.root / split: set(theirs) - set(names)}
+                told = " and ".join(
+                    f"only {place} has {_first(sorted(extra))}" for place, extra in only.items() if extra
                 )
+                raise ValueError(
+                    f"{self.root / split} and {train} must have the same class folders, but {told}; add or remove these"
+                )
+        for split in filter(self._has, SPLITS):
+            if loose := sum(map(_is_image, (self.root / split).iterdir())):
+                warnings.warn(f"{loose} images in {self.root / split} are in no class folder: left out", stacklevel=3)
         if not self._has("test"):
             rank_zero_info(f"{self.root} has no test folder: its validation images are its test images, too")
         return names
@@ -709,7 +717,7 @@ def find_images(path: Path) -> list[Path]:
         return [path]
     if not path.is_dir():
         raise FileNotFoundError(f"no image file or folder {path}; check the path")
-    files = sorted(file for file in path.rglob("*") if _is_image(file) and not _is_hidden(file.relative_to(path)))
+    files = sorted(_images_in(path))
     if not files:
         raise ValueError(f"no image in {path}; images end in {', '.join(IMG_EXTENSIONS)}")
     return files
@@ -725,7 +733,8 @@ def build_data(name: str, **arguments: Any) -> ImageData:
 
 
 def _images_in(folder: Path) -> Iterator[Path]:
-    return (file for file in folder.iterdir() if _is_image(file))
+    """Yield the images in a folder and the folders in it."""
+    return (file for file in folder.rglob("*") if _is_image(file) and not _is_hidden(file.relative_to(folder)))
 
 
 def _is_image(file: Path) -> bool:

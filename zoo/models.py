@@ -21,6 +21,9 @@ ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {
 
 PLAIN = "conv"
 
+# Of a decoupled network, what timm is told to build in place of its own plain one (see zoo.registration).
+DECOUPLED = "decoupled"
+
 # The mean and standard deviation of ImageNet's pixels in [0, 1], for RGB images of which nothing else is known.
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -55,10 +58,17 @@ class ModelSpec:
         return self.operator.name if self.operator else PLAIN
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields as plain values; the plain network's operator is ``"conv"``."""
+        """Return the fields as plain values; the plain network's operator is ``"conv"``.
+
+        A decoupled architecture of timm is called ``"decoupled"``, and its own name is among ``model_args``: timm,
+        which reads the same fields, would build the plain one.
+        """
         fields = {name: list(value) if isinstance(value, tuple) else value for name, value in vars(self).items()}
         if not self.layer_settings:
             del fields["layer_settings"]
+        if self.operator and self.architecture not in ARCHITECTURES:
+            fields["architecture"] = DECOUPLED
+            fields["model_args"] = {"architecture": self.architecture, **self.model_args}
         return {**fields, "operator": self.operator.to_dict() if self.operator else PLAIN}
 
     @classmethod
@@ -66,6 +76,9 @@ class ModelSpec:
         """Return the spec that :meth:`to_dict` described; further fields are ignored."""
         values = {field.name: fields[field.name] for field in dataclasses.fields(cls) if field.name != "layer_settings"}
         values["layer_settings"] = fields.get("layer_settings", {})
+        if values["architecture"] == DECOUPLED:
+            values["model_args"] = dict(values["model_args"])
+            values["architecture"] = values["model_args"].pop("architecture", DECOUPLED)
         values.update({name: tuple(values[name]) for name in ("class_names", "mean", "std")})
         operator = values["operator"]
         return cls(**{**values, "operator": None if operator == PLAIN else OperatorConfig.parse(operator)})
@@ -373,27 +386,3 @@ def _per_channel(what: str, values: Sequence[float], in_chans: int) -> tuple[flo
     if what == "std" and min(values) <= 0:
         raise ValueError(f"std must be more than 0, got {list(values)}")
     return tuple(float(value) for value in values)
-
-
-def _register(name: str, function: Callable[..., nn.Module]) -> None:
-    """Make ``timm.create_model(name)`` build the plain network."""
-
-    def entry_point(
-        pretrained: bool = False,
-        pretrained_cfg: object = None,
-        pretrained_cfg_overlay: object = None,
-        cache_dir: object = None,
-        **arguments: Any,
-    ) -> nn.Module:
-        if pretrained:
-            raise ValueError(f"{name} has no weights in timm; trained ones are loaded by zoo.load")
-        return function(**arguments)
-
-    entry_point.__name__ = name
-    entry_point.__doc__ = function.__doc__
-    entry_point.__module__ = function.__module__
-    timm.models.register_model(entry_point)
-
-
-for _name, _function in ARCHITECTURES.items():
-    _register(_name, _function)

@@ -91,8 +91,8 @@ def convert(model: ImageModel, operator: OperatorConfig | str | Mapping[str, Any
     """
     if model.spec.operator is not None:
         raise ValueError(
-            f"the network is {model.spec.operator_name} already, and neither converted nor calibrated again: leave out "
-            "operator and calibrate, or start from its plain twin"
+            f"the network is {model.spec.operator_name} already, and only a plain one is converted and calibrated: "
+            "start from its plain twin (..._conv), or leave out operator and calibrate"
         )
     if isinstance(operator, str):
         operator = {"name": operator}
@@ -139,7 +139,8 @@ def _from_timm(
     except Exception as error:
         raise ValueError(
             f"the weights of {TIMM}{name} cannot be had ({type(error).__name__}: {error}); without a network, fetch "
-            f"them elsewhere and name the file: python -m zoo convert {TIMM}{architecture} NAME --weights FILE"
+            f"them elsewhere and name the file: python -m zoo convert {TIMM}{architecture} NAME --weights FILE, which "
+            "writes a folder to start from"
         ) from error
     model.spec = dataclasses.replace(model.spec, architecture=architecture)
     return model

@@ -1,0 +1,9 @@
+"""What loading a checkpoint raises."""
+
+
+class CheckpointError(ValueError):
+    """A checkpoint folder that is incomplete, damaged, or not what its ``config.json`` says."""
+
+
+class HubError(CheckpointError):
+    """A repository of the Hub that cannot be had: there is none, it may not be read, or it did not come in time."""

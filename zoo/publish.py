@@ -1,0 +1,76 @@
+"""From a checkpoint folder to a repository of the Hugging Face Hub, in one commit."""
+
+from pathlib import Path
+
+from huggingface_hub import CommitOperationAdd, HfApi
+
+from zoo.checkpoints import find, read_config, verify
+from zoo.errors import CheckpointError
+from zoo.hub import FILES
+from zoo.models import PLAIN, ModelSpec
+
+# What a reader needs to know of a training, by the names of config.json.
+OF_TRAINING = ("command", "commit", "hardware")
+
+
+def missing(folder: Path) -> list[str]:
+    """Return what a checkpoint lacks to be published; an empty list if it is fit to be.
+
+    Everything that :func:`zoo.verify` recomputes has to hold: the hash of the weights, the shape of each tensor, the
+    logits of the fingerprint, the card. Beside it, what people need to know has to be told.
+    """
+    try:
+        problems = verify(folder)
+        config = read_config(folder)
+    except CheckpointError as error:
+        return [str(error)]
+    if not config["metrics"]:
+        problems.append("no accuracy with its data set, split and number of images (python -m zoo export measures it)")
+    if config["licence"].strip() in ("", "not stated"):
+        problems.append("the licence of the weights is not stated (zoo convert --licence, or --data.licence)")
+    told = config["training"]
+    problems += [f"the training's {field} is not recorded" for field in OF_TRAINING if not told.get(field)]
+    spec = ModelSpec.from_dict(config)
+    expected = f"_{spec.architecture}_{spec.operator_name}"
+    if config["name"] != folder.name or not folder.name.endswith(expected):
+        twin = f"<data>_{spec.architecture}_{PLAIN}"
+        problems.append(
+            f"the folder is called {folder.name}, not <data>{expected} as in config.json, so its twin of ordinary "
+            f"convolutions, {twin}, cannot be told"
+        )
+    return problems
+
+
+def publish(
+    where: str | Path, repository: str, *, private: bool = False, revision: str | None = None, dry_run: bool = False
+) -> str | None:
+    """Put a checkpoint into a Hub repository, which is made if there is none, and return the commit.
+
+    All files travel in one commit, which comes after the upload: whatever fails, the repository is as it was. What the
+    repository has already makes no commit.
+
+    Args:
+        where: the checkpoint's name or folder.
+        repository: ``"owner/name"``.
+        private: make the repository private.
+        revision: a branch, made from ``main`` if there is none; ``main`` by default.
+        dry_run: only look whether the checkpoint is fit to be published, and return None.
+
+    Raises:
+        ValueError: what :func:`missing` finds, or a repository that is public though ``private`` is asked for.
+        HfHubHTTPError: no permission, or the Hub refuses.
+    """
+    folder = find(where)
+    if problems := missing(folder):
+        raise ValueError("\n  ".join([f"{folder} is not published, for:", *problems]))
+    if dry_run:
+        return None
+    api = HfApi()
+    api.create_repo(repository, private=private or None, exist_ok=True)
+    if private and not api.model_info(repository).private:
+        raise ValueError(f"{repository} is there, and public; make it private on its page, or leave out private")
+    if revision is not None:
+        api.create_branch(repository, branch=revision, exist_ok=True)
+    files = [CommitOperationAdd(path_in_repo=file, path_or_fileobj=folder / file) for file in FILES]
+    commit = api.create_commit(repository, files, commit_message=f"Publish {folder.name}", revision=revision)
+    return commit.oid

@@ -1,0 +1,87 @@
+"""Our networks among timm's: ``timm.create_model`` builds them and loads our checkpoints, decoupled ones too.
+
+timm.create_model("resnet20")
+timm.create_model("local-dir:outputs/photos_resnet20_tanh_cosine", pretrained=True)
+timm.create_model("hf-hub:owner/name", pretrained=True)
+
+These are the networks alone, as timm has them: they take images that are normalised already, by the mean and std of
+``pretrained_cfg``.
+"""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import timm
+from torch import nn
+
+from zoo.checkpoints import find, load, load_untrained, read_config
+from zoo.models import ARCHITECTURES, DECOUPLED
+
+
+def register() -> None:
+    """Make our names known to timm."""
+    for name, function in {**ARCHITECTURES, DECOUPLED: decoupled}.items():
+        timm.models.register_model(entry_point(name, function))
+
+
+def decoupled(**arguments: Any) -> nn.Module:
+    """Stand for a decoupled architecture of timm, which only its checkpoint describes.
+
+    Raises:
+        ValueError: always.
+    """
+    raise ValueError(
+        f"{DECOUPLED!r} is built from its checkpoint alone: timm.create_model('hf-hub:owner/name' or "
+        "'local-dir:FOLDER'); to decouple a network of timm, use operators.convert_decoupled"
+    )
+
+
+def entry_point(name: str, function: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    """Return what ``timm.create_model(name)`` calls: ``function``, or what loads a checkpoint that timm has found."""
+
+    def create(
+        pretrained: bool = False,
+        pretrained_cfg: Mapping[str, Any] | None = None,
+        pretrained_cfg_overlay: object = None,
+        pretrained_model_args: Mapping[str, Any] | None = None,
+        cache_dir: object = None,
+        **arguments: Any,
+    ) -> nn.Module:
+        source = pretrained_cfg.get("source") if isinstance(pretrained_cfg, Mapping) else None
+        if source == "hf-hub":
+            repository, _, revision = pretrained_cfg["hf_hub_id"].partition("@")
+            return create_trained(repository, revision or None, pretrained, arguments)
+        if source == "local-dir":
+            return create_trained(Path(pretrained_cfg["file"]), None, pretrained, arguments)
+        if pretrained:
+            raise ValueError(f"{name} has no weights in timm; trained ones are loaded by zoo.load")
+        return function(**arguments)
+
+    create.__name__ = name
+    create.__doc__ = function.__doc__
+    create.__module__ = function.__module__
+    return create
+
+
+def create_trained(
+    where: str | Path, revision: str | None, pretrained: bool, arguments: Mapping[str, Any]
+) -> nn.Module:
+    """Return the network of a checkpoint, with its weights if ``pretrained``.
+
+    Args:
+        arguments: those of :func:`zoo.load` or :func:`zoo.load_untrained`; others must be as the checkpoint has them.
+
+    Raises:
+        TypeError: an argument that would build another network.
+    """
+    config = read_config(find(where, revision=revision))
+    held = {"in_chans": config["in_chans"], **config["model_args"]}
+    create, legal = (load, ("num_classes", "in_chans")) if pretrained else (load_untrained, ("num_classes",))
+    for argument, value in arguments.items():
+        if argument not in legal and held.get(argument) != value:
+            raise TypeError(f"{config['name']} is built as its checkpoint says, so {argument}={value!r} is refused")
+    settings = {argument: value for argument, value in arguments.items() if argument in legal}
+    network = create(where, revision=revision, **settings).network
+    network.pretrained_cfg = network.default_cfg = config.get("pretrained_cfg", {})
+    return network
