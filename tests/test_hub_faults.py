@@ -3,11 +3,23 @@
 The real client of the Hub talks to ``tests.hub_server`` over loopback.
 """
 
+import hashlib
+import json
+import os
+import pickle
+import re
+import signal
+import struct
+import subprocess
+import sys
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import huggingface_hub
 import pytest
+import safetensors.torch
 import torch
 
 import zoo
@@ -17,7 +29,7 @@ from zoo.checkpoints import PRETRAINED
 from zoo.hub import CONFIG, FILES, WEIGHTS
 
 ROOT = Path(__file__).resolve().parent.parent
-# Each seconds of patience in these tests; the real ones are told in zoo.hub.
+# Seconds, in place of those of zoo.hub.
 PATIENCE = 3
 NAME = "digits_cnn6_tanh_cosine"
 REPOSITORY = f"me/{NAME}"
@@ -48,7 +60,7 @@ def server(tmp_path, monkeypatch):
 def put(server: Server, files: dict[str, bytes], repository: str = REPOSITORY) -> str:
     """Commit files, as they are, to the Hub's repository."""
     server.hub.create(repository, private=False)
-    stored = {}
+    stored = dict.fromkeys(FILES)
     for path, data in files.items():
         stored[path] = server.hub.store(data)
         if path == WEIGHTS:
@@ -70,7 +82,7 @@ def refuses(message: str, seconds: float = 3 * PATIENCE + 3, **settings) -> None
     assert time.monotonic() - began < seconds
 
 
-def body(change) -> "callable":
+def body(change: Callable[[bytes], bytes]) -> Callable[[Handler], None]:
     """Answer with the right headers and another body; one that is too short ends the connection."""
 
     def act(handler: Handler) -> None:
@@ -204,3 +216,221 @@ def test_a_damaged_cache_without_a_network_is_an_error(server):
     path.write_bytes(flipped(path.read_bytes()))
     server.hub.faults.append(Fault("GET", "", status(503)))
     refuses("it is damaged. Fetching it again failed: .* cannot be had from", revision=commit)
+
+
+def changed_config(**changes) -> bytes:
+    return json.dumps({**json.loads(CONTENT[CONFIG]), **changes}).encode()
+
+
+def with_weights(data: bytes) -> dict[str, bytes]:
+    """Return a checkpoint with these weights and a config that names their hash."""
+    return {**CONTENT, WEIGHTS: data, CONFIG: changed_config(sha256=hashlib.sha256(data).hexdigest())}
+
+
+def tensors(change) -> bytes:
+    """Return the weights after ``change`` was done to their tensors."""
+    state = safetensors.torch.load(CONTENT[WEIGHTS])
+    change(state)
+    return safetensors.torch.save(state)
+
+
+def header(text: str, claimed: int | None = None) -> bytes:
+    return struct.pack("<Q", len(text) if claimed is None else claimed) + text.encode() + bytes(64)
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:%s\nsize 1\n" % (b"0" * 64)
+TAMPERED = tensors(lambda state: state["fc.bias"].add_(1))
+WRONG = {
+    "weights tampered with": (
+        {**CONTENT, WEIGHTS: TAMPERED},
+        f"{hashlib.sha256(TAMPERED).hexdigest()}, config.json says {hashlib.sha256(CONTENT[WEIGHTS]).hexdigest()}",
+    ),
+    "config of another checkpoint": (
+        {**CONTENT, CONFIG: (PRETRAINED / "mnist_cnn6_conv" / CONFIG).read_bytes()},
+        "has sha256 .*, config.json says",
+    ),
+    "an LFS pointer": ({**CONTENT, WEIGHTS: POINTER}, "has sha256 .*, config.json says"),
+    "an LFS pointer with its hash": (with_weights(POINTER), "is not a safetensors file"),
+    "HTML": (with_weights(b"<!doctype html><html></html>"), "is not a safetensors file"),
+    "a pickle": (with_weights(b"\x80\x04\x95" + pickle.dumps({"fc.bias": [0.0]})), "is not a safetensors file"),
+    "a missing tensor": (with_weights(tensors(lambda state: state.pop("fc.bias"))), "missing fc.bias"),
+    "an additional tensor": (
+        with_weights(tensors(lambda state: state.update(more=torch.zeros(1)))),
+        "unexpected more",
+    ),
+    "a misshapen tensor": (
+        with_weights(tensors(lambda state: state.update({"fc.bias": torch.zeros(9)}))),
+        r"fc.bias has shape \(9,\), not \(10,\)",
+    ),
+    "another dtype": (
+        with_weights(tensors(lambda state: state.update({"fc.bias": torch.zeros(10).double()}))),
+        "fc.bias has dtype torch.float64, not torch.float32",
+    ),
+    "a header of 2 GiB": (with_weights(header("{}", claimed=2**31)), "its header does not fit"),
+    "negative offsets": (
+        with_weights(header('{"fc.bias": {"dtype": "F32", "shape": [10], "data_offsets": [-40, 0]}}')),
+        "is not a safetensors file",
+    ),
+    "overlapping offsets": (
+        with_weights(
+            header(
+                '{"a": {"dtype": "F32", "shape": [8], "data_offsets": [0, 32]}, '
+                '"b": {"dtype": "F32", "shape": [12], "data_offsets": [16, 64]}}'
+            )
+        ),
+        "is not a safetensors file",
+    ),
+    "schema of the future": ({**CONTENT, CONFIG: changed_config(schema=99)}, "schema 99, .* update decoupled-zoo"),
+    "unknown operator": (
+        {**CONTENT, CONFIG: changed_config(operator={"name": "tahn_cosine"})},
+        "unknown operator 'tahn_cosine'. Did you mean 'tanh_cosine'",
+    ),
+    "no config": ({WEIGHTS: CONTENT[WEIGHTS]}, "has no config.json: it is no checkpoint of decoupled-zoo"),
+    "no weights": ({CONFIG: CONTENT[CONFIG]}, "has no model.safetensors: it is no checkpoint of decoupled-zoo"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_is_wrong_in_the_repository_is_named_and_never_loaded(server, case):
+    files, message = WRONG[case]
+    put(server, files)
+    refuses(message)
+    refuses(message)
+    put(server, CONTENT)
+    loads()
+
+
+def test_a_repository_or_revision_that_does_not_exist_is_told(server):
+    with pytest.raises(zoo.HubError, match="me/nothing: .* shows no such repository. Its name is " + REFUSED):
+        zoo.load("me/nothing")
+    refuses("at nowhere: the repository has no such revision; name a commit, branch or tag", revision="nowhere")
+    refuses("at 0{40}: the repository has no such revision", revision="0" * 40)
+    with pytest.raises(ValueError, match="no checkpoint folder me/../../etc/passwd; check the path"):
+        zoo.load("me/../../etc/passwd")
+
+
+def test_a_path_that_leaves_the_folder_is_not_followed(server, tmp_path):
+    put(server, {**CONTENT, "../../../../evil": b"evil"})
+    loads()
+    assert not list(tmp_path.rglob("evil"))
+
+
+def test_a_commit_in_the_cache_needs_no_request_and_a_branch_follows_the_hub(server):
+    first = server.hub.find(REPOSITORY, "main")
+    loads()
+    folder = zoo.save(zoo.build("cnn6", "tanh_cosine", in_chans=1, input_size=8).eval(), Path(server.hub.root) / NAME)
+    second = put(server, {file: (folder / file).read_bytes() for file in FILES})
+    assert not torch.equal(zoo.load(REPOSITORY)(IMAGES), EXPECTED)
+    assert torch.equal(zoo.load(REPOSITORY, revision=second)(IMAGES), zoo.load(folder)(IMAGES))
+    server.hub.requests.clear()
+    loads(revision=first)
+    assert not server.hub.requests
+    with pytest.raises(ValueError, match="revision='main' is that of a Hub repository .owner/name., and"):
+        zoo.load(NAME, revision="main")
+
+
+def test_both_files_are_of_one_commit_though_the_branch_moves_between(server):
+    other = zoo.save(zoo.build("cnn6", "tanh_cosine", in_chans=1, input_size=8).eval(), Path(server.hub.root) / NAME)
+
+    def move(handler: Handler) -> bool:
+        put(server, {file: (other / file).read_bytes() for file in FILES})
+        return True
+
+    server.hub.faults.append(Fault("GET", WEIGHTS, move, times=1))
+    loads()
+
+
+@pytest.mark.parametrize("how", ["local_files_only", "HF_HUB_OFFLINE"])
+def test_offline_makes_no_request(server, monkeypatch, how):
+    settings = {"local_files_only": True} if how == "local_files_only" else {}
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", how == "HF_HUB_OFFLINE")
+    refuses("is not in the Hub's cache, .* and no request is made", seconds=1, **settings)
+    assert not server.hub.requests
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    loads()
+    server.hub.requests.clear()
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", how == "HF_HUB_OFFLINE")
+    loads(**settings)
+    assert not server.hub.requests
+
+
+def test_without_a_network_the_cache_is_taken_with_a_warning(server):
+    server.server_close()
+    server.shutdown()
+    refuses("cannot be had from http", seconds=10)
+    with serving(server.hub.root, server.server_port):
+        loads()
+    huggingface_hub.close_session()
+    with pytest.warns(UserWarning, match="cannot be had from .*; the commit in the cache is taken, [0-9a-f]{40}$"):
+        loads()
+
+
+def test_a_read_only_cache_serves_and_tells_when_it_cannot_keep(server, monkeypatch, tmp_path):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", "/proc/cache")
+    refuses("cannot be written into the Hub's cache, /proc/cache .*; HF_HOME moves it")
+
+
+def run(code: str, server: Server, cache: Path, **settings: str) -> subprocess.Popen:
+    """Run Python in a process of its own, with the client told by the environment where the Hub is."""
+    environment = {
+        **os.environ,
+        "HF_ENDPOINT": server.url,
+        "HF_HUB_CACHE": str(cache),
+        "HF_HUB_OFFLINE": "0",
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_TOKEN": "hf_anything",
+        "OMP_NUM_THREADS": "1",
+        **settings,
+    }
+    command = [sys.executable, "-c", code]
+    return subprocess.Popen(
+        command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+LOAD = f"import torch, zoo; print(zoo.load({REPOSITORY!r})(torch.ones(1, 1, 8, 8)).sum().item())"
+TOTAL = zoo.load(NAME)(torch.ones(1, 1, 8, 8)).sum().item()
+
+
+def test_a_process_killed_in_mid_download_leaves_nothing_that_is_believed(server, tmp_path):
+    asked = threading.Event()
+
+    def half(handler: Handler) -> None:
+        handler.send_response(200)
+        handler.send_header("Content-Length", str(len(CONTENT[WEIGHTS])))
+        handler.end_headers()
+        handler.wfile.write(CONTENT[WEIGHTS][:1000])
+        handler.wfile.flush()
+        asked.set()
+        time.sleep(60)
+
+    server.hub.faults.append(Fault("GET", WEIGHTS, half, times=1))
+    process = run(LOAD, server, tmp_path / "cache")
+    assert asked.wait(60)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    loads()
+    loads(local_files_only=True)
+
+
+def test_eight_processes_load_the_same_name_at_once(server, tmp_path):
+    processes = [run(LOAD, server, tmp_path / "cache") for _ in range(8)]
+    printed = [process.communicate(timeout=300)[0] for process in processes]
+    assert [float(text.splitlines()[-1]) for text in printed] == pytest.approx([TOTAL] * 8, rel=1e-6), printed
+
+
+def test_a_full_disk_is_told_and_leaves_nothing_that_is_believed(server, tmp_path):
+    limited = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, 500_000)); "
+    process = run(limited + LOAD, server, tmp_path / "cache")
+    printed = process.communicate(timeout=120)[0]
+    assert process.returncode == 1, printed
+    assert re.search("HubError: model.safetensors of me/.* cannot be written into the Hub's cache", printed), printed
+    loads()
+
+
+def test_no_loading_path_runs_code_from_a_checkpoint():
+    for file in ("checkpoints", "hub", "models", "registration", "errors", "cards", "transforms"):
+        text = (ROOT / "zoo" / f"{file}.py").read_text(encoding="utf-8")
+        assert not re.search(r"pickle|torch\.load\b|trust_remote_code|\beval\(|\bexec\(|load_state_dict_from", text), (
+            file
+        )

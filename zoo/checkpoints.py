@@ -32,7 +32,7 @@ PUBLISHED = PRETRAINED / "published.json"
 # Larger headers are refused before they are parsed: a small file can name gigabytes of tensors.
 LARGEST_HEADER, MOST_TENSORS = 1 << 20, 5000
 
-# Arguments of timm that fetch or unpickle weights; a checkpoint has its own.
+# Arguments of timm that fetch other weights; a checkpoint has its own.
 FOREIGN_SOURCES = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"}
 
 # How the floating-point tensors of a network are stored; they are loaded as the network has them.
