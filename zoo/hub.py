@@ -64,7 +64,7 @@ def fetch(repository: str, *, revision: str | None = None, local_files_only: boo
         info = _ask(what, SECONDS_TO_ANSWER, _describe, repository, revision)
     except HubError as error:
         # A refusal has a status of its own.
-        if cached is None or renew or _status(error.__cause__) not in (None, *BUSY):
+        if cached is None or renew or status_of(error.__cause__) not in (None, *BUSY):
             raise
         warnings.warn(f"{error}; the commit in the cache is taken, {cached.name}", stacklevel=3)
         return cached
@@ -132,7 +132,7 @@ def _ask(what: str, seconds: float, function: Callable[..., Value], *arguments: 
             error = _OutOfTime()
         if error is None:
             return future.result()
-        if attempt == RETRIES or _status(error) not in BUSY:
+        if attempt == RETRIES or status_of(error) not in BUSY:
             break
         asked = error.response.headers.get("Retry-After", "1")
         time.sleep(min(float(asked) if asked.isdecimal() else 1.0, LONGEST_WAIT))
@@ -155,7 +155,7 @@ def _explanation(what: str, error: BaseException, seconds: float) -> str:
         return f"{what}: {endpoint} did not send it within {seconds:.0f} s; try again, or look after the network"
     if isinstance(error, errors.RevisionNotFoundError):
         return f"{what}: the repository has no such revision; name a commit, branch or tag that it has"
-    if isinstance(error, errors.RepositoryNotFoundError | errors.GatedRepoError) or _status(error) in (401, 403):
+    if isinstance(error, errors.RepositoryNotFoundError | errors.GatedRepoError) or status_of(error) in (401, 403):
         return (
             f"{what}: {endpoint} shows no such repository. Its name is misspelt; or it is private, and you are not "
             "logged in as one who may read it (hf auth login); or it is gated, and you have to ask for access on its "
@@ -166,5 +166,6 @@ def _explanation(what: str, error: BaseException, seconds: float) -> str:
     return f"{what} cannot be had from {endpoint} ({type(error).__name__}: {error})"
 
 
-def _status(error: BaseException | None) -> int | None:
+def status_of(error: BaseException | None) -> int | None:
+    """Return the HTTP status that an error of the client tells; None if it was no answer of a server."""
     return getattr(getattr(error, "response", None), "status_code", None)

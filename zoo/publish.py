@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
-from huggingface_hub import CommitOperationAdd, HfApi
+from huggingface_hub import CommitOperationAdd, HfApi, constants
 
 from zoo.checkpoints import find, read_config, verify
-from zoo.errors import CheckpointError
-from zoo.hub import FILES
+from zoo.errors import CheckpointError, HubError
+from zoo.hub import FILES, status_of
 from zoo.models import PLAIN, ModelSpec
 
 # What a reader needs to know of a training, by the names of config.json.
@@ -58,13 +58,23 @@ def publish(
 
     Raises:
         ValueError: what :func:`missing` finds, or a repository that is public though ``private`` is asked for.
-        HfHubHTTPError: no permission, or the Hub refuses.
+        HubError: no permission, or the Hub cannot be reached or refuses.
     """
     folder = find(where)
     if problems := missing(folder):
         raise ValueError("\n  ".join([f"{folder} is not published, for:", *problems]))
     if dry_run:
         return None
+    try:
+        return _send(folder, repository, private, revision)
+    except ValueError:
+        raise
+    # The client, and what it is made of, have no error in common.
+    except Exception as error:
+        raise HubError(_explanation(repository, error)) from error
+
+
+def _send(folder: Path, repository: str, private: bool, revision: str | None) -> str:
     api = HfApi()
     api.create_repo(repository, private=private or None, exist_ok=True)
     if private and not api.model_info(repository).private:
@@ -72,5 +82,14 @@ def publish(
     if revision is not None:
         api.create_branch(repository, branch=revision, exist_ok=True)
     files = [CommitOperationAdd(path_in_repo=file, path_or_fileobj=folder / file) for file in FILES]
-    commit = api.create_commit(repository, files, commit_message=f"Publish {folder.name}", revision=revision)
-    return commit.oid
+    return api.create_commit(repository, files, commit_message=f"Publish {folder.name}", revision=revision).oid
+
+
+def _explanation(repository: str, error: Exception) -> str:
+    # What a thread of the client met is the cause of what the client says.
+    if {status_of(error), status_of(error.__cause__)} & {401, 403}:
+        return f"{repository} is misspelt or not yours to write: log in with a token that may (hf auth login)"
+    return (
+        f"the Hub at {constants.ENDPOINT} did not take {repository} ({type(error).__name__}: {error}); what was "
+        "published before is as it was"
+    )

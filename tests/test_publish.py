@@ -1,0 +1,158 @@
+"""Publishing to a Hub and loading from it again: by zoo.load, timm and torch.hub, with the real client."""
+
+import json
+import re
+import shutil
+import sys
+
+import huggingface_hub
+import pytest
+import timm
+import torch
+from huggingface_hub import ModelCard
+
+import zoo
+from tests.hub_server import Fault
+from tests.test_hub_faults import CONTENT, EXPECTED, IMAGES, LOAD, NAME, REPOSITORY, TOTAL, run, server, status
+from zoo import __main__ as command_line
+from zoo.checkpoints import PRETRAINED
+from zoo.hub import CARD, CONFIG, FILES, WEIGHTS
+from zoo.publish import missing, publish
+
+__all__ = ["server"]
+
+# The client uploads files in a way that its own HTTP library deprecates.
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
+
+
+def test_what_is_published_is_loaded_by_everyone_with_the_same_logits(server, monkeypatch, tmp_path):
+    commit = publish(NAME, "me/new")
+    assert re.fullmatch("[0-9a-f]{40}", commit)
+    held = server.hub.files("me/new", commit)
+    assert {file: server.hub.blob(held[file]["sha256"]).read_bytes() for file in FILES} == CONTENT
+    assert torch.equal(zoo.load("me/new", revision=commit)(IMAGES), EXPECTED)
+    monkeypatch.setattr("zoo.checkpoints.PUBLISHED", tmp_path / "published.json")
+    (tmp_path / "published.json").write_text(json.dumps({"my_net": {"repository": "me/new", "commit": commit}}))
+    assert torch.equal(zoo.load("my_net")(IMAGES), EXPECTED)
+    spec = zoo.load(NAME).spec
+    normalised = (IMAGES - torch.tensor(spec.mean)) / torch.tensor(spec.std)
+    network = timm.create_model(f"hf-hub:me/new@{commit}", pretrained=True).eval()
+    torch.testing.assert_close(network(normalised), EXPECTED)
+
+
+@pytest.mark.parametrize("operator", ["conv", {"name": "ball_cosine", "weighting": "linear", "radius": 3.0}])
+@pytest.mark.parametrize("architecture", ["resnet20", "test_resnet"])
+def test_timm_loads_a_folder_with_its_operator_and_settings(tmp_path, architecture, operator):
+    model = zoo.build(architecture, operator, class_names=["a", "b", "c"], input_size=64).eval()
+    folder = zoo.save(model, tmp_path / "net")
+    network = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    images = torch.rand(2, 3, 64, 64)
+    torch.testing.assert_close(network((images - model.mean) / model.std), model(images))
+    assert timm.data.resolve_model_data_config(network)["mean"] == pytest.approx(model.spec.mean)
+    fresh = timm.create_model(f"local-dir:{folder}")
+    assert [type(module) for module in fresh.modules()] == [type(module) for module in network.modules()]
+    if operator != "conv":
+        with pytest.warns(UserWarning, match="fresh classifier for 5 classes"):
+            other = timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=5)
+        assert other((images - model.mean) / model.std).shape == (2, 5)
+        with pytest.raises(TypeError, match="net is built as its checkpoint says, so bogus=1 is refused"):
+            timm.create_model(f"local-dir:{folder}", pretrained=True, bogus=1)
+
+
+def test_timm_lists_our_networks():
+    assert "resnet20" in timm.list_models("*resnet20*")
+    with pytest.raises(ValueError, match="'decoupled' is built from its checkpoint alone"):
+        timm.create_model("decoupled")
+
+
+def test_publishing_the_same_again_makes_no_commit(server):
+    first = publish(NAME, "me/new")
+    server.hub.requests.clear()
+    assert publish(NAME, "me/new") == first
+    assert not any("/commit/" in request for request in server.hub.requests)
+
+
+def test_a_branch_and_a_private_repository_are_made_on_request(server):
+    main = publish(NAME, "me/secret", private=True)
+    other = publish("digits_cnn6_conv", "me/secret", private=True, revision="plain")
+    assert other != main == server.hub.find("me/secret", "main")
+    assert zoo.load("me/secret", revision="plain").spec.operator is None
+    assert huggingface_hub.HfApi().model_info("me/secret").private
+    with pytest.raises(ValueError, match="me/digits_cnn6_tanh_cosine is there, and public; make it private"):
+        publish(NAME, REPOSITORY, private=True)
+
+
+@pytest.mark.parametrize("step", ["/preupload/", r"\.git/info/lfs", "/lfs/", "/commit/"])
+def test_publishing_that_is_interrupted_leaves_the_repository_as_it_was(server, step):
+    before = server.hub.find(REPOSITORY, "main")
+    server.hub.faults += [Fault("POST", step, status(403)), Fault("PUT", step, status(403))]
+    with pytest.raises(zoo.HubError, match="me/.* is misspelt or not yours to write"):
+        publish("digits_cnn6_conv", REPOSITORY)
+    server.hub.faults.clear()
+    assert server.hub.find(REPOSITORY, "main") == before
+    assert torch.equal(zoo.load(REPOSITORY)(IMAGES), EXPECTED)
+
+
+def test_what_is_missing_is_listed_and_nothing_is_sent(server, tmp_path):
+    folder = zoo.save(zoo.load(NAME), tmp_path / "mine", licence="not stated")
+    problems = "\n".join(missing(folder))
+    for problem in (
+        "no accuracy",
+        "licence .* not stated",
+        "training's command",
+        "training's commit",
+        "called mine, not",
+    ):
+        assert re.search(problem, problems)
+    folder = shutil.copytree(PRETRAINED / NAME, tmp_path / NAME)
+    (folder / CARD).write_text("another")
+    config = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps({**config, "fingerprint": [[0.0] * 10] * 2}))
+    assert [problem.split(":")[0] for problem in missing(folder)] == ["config.json", "README.md"]
+    (folder / WEIGHTS).write_bytes(b"")
+    assert len(missing(folder)) == 1 and "sha256" in missing(folder)[0]
+    server.hub.requests.clear()
+    with pytest.raises(ValueError, match=f"{folder} is not published, for:\n  .*sha256"):
+        publish(folder, "me/new")
+    assert not server.hub.requests
+
+
+@pytest.mark.parametrize("name", zoo.list_checkpoints())
+def test_every_embedded_checkpoint_is_fit_to_be_published(name):
+    assert missing(PRETRAINED / name) == []
+
+
+@pytest.mark.parametrize("name", zoo.list_checkpoints())
+def test_the_metadata_of_a_card_is_the_hubs(name):
+    data = ModelCard.load(PRETRAINED / name / CARD).data
+    assert data.library_name == "decoupled-zoo" and data.pipeline_tag == "image-classification" and data.license
+    assert re.fullmatch("[a-z0-9.-]+", data.license_name or "none")
+    measured = {(result.dataset_split, result.metric_value) for result in data.eval_results}
+    config = json.loads((PRETRAINED / name / CONFIG).read_text())
+    assert measured == {(metric["split"], metric["value"]) for metric in config["metrics"]}
+    assert (data.datasets == ["ylecun/mnist"]) == name.startswith("mnist_")
+
+
+def test_the_command_prints_the_commit_and_a_dry_run_asks_nobody(server, monkeypatch, capsys):
+    def command(*words: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["zoo", "publish", NAME, "--repo-id", "me/new", *words])
+        command_line.main()
+        return capsys.readouterr().out
+
+    server.hub.requests.clear()
+    assert command("--dry-run") == f"{NAME} is fit to be published\n" and not server.hub.requests
+    commit = re.fullmatch(r"published; to load it: zoo.load\('me/new', revision='(.*)'\)\n", command())[1]
+    assert commit == server.hub.find("me/new", "main")
+
+
+def test_without_a_network_publishing_is_refused_in_words(server):
+    server.server_close()
+    server.shutdown()
+    with pytest.raises(zoo.HubError, match="the Hub at http.* did not take me/new .*; what was published before"):
+        publish(NAME, "me/new")
+
+
+def test_a_process_told_by_the_environment_loads_from_the_hub(server, tmp_path):
+    process = run(LOAD, server, tmp_path / "other")
+    printed = process.communicate(timeout=120)[0]
+    assert float(printed.splitlines()[-1]) == pytest.approx(TOTAL, rel=1e-6), printed
