@@ -33,6 +33,7 @@ RANKS = {
     "zoo/cards.py": 7,
     "zoo/errors.py": 7,
     "zoo/hub.py": 7.1,
+    "zoo/weights.py": 7.1,
     "zoo/checkpoints.py": 8,
     "zoo/sources.py": 8.5,
     "zoo/registration.py": 8.5,

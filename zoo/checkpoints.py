@@ -12,8 +12,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
@@ -23,20 +21,15 @@ from zoo.cards import model_card
 from zoo.errors import CheckpointError, HubError
 from zoo.hub import CARD, CONFIG, WEIGHTS
 from zoo.models import ImageModel, ModelSpec
+from zoo.weights import PRECISIONS, listed, misfits, read_into, serialise
 
 SCHEMA = 1
 PRETRAINED = Path(__file__).parent / "pretrained"
 # Names of checkpoints too large to embed, with the repository and the commit that have them.
 PUBLISHED = PRETRAINED / "published.json"
 
-# Larger headers are refused before they are parsed: a small file can name gigabytes of tensors.
-LARGEST_HEADER, MOST_TENSORS = 1 << 20, 5000
-
 # Arguments of timm that fetch other weights; a checkpoint has its own.
 FOREIGN_SOURCES = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"}
-
-# How the floating-point tensors of a network are stored; they are loaded as the network has them.
-PRECISIONS = {"float32": torch.float32, "float16": torch.float16}
 
 # Logits of the same weights differ by rounding between machines and releases of torch; relative to the largest logit.
 FINGERPRINT_TOLERANCE = 1e-4
@@ -170,7 +163,7 @@ def save(
         raise ValueError(f"save takes a model that build or load made, got {type(model).__name__}")
     if folder.exists() and not overwrite:
         raise FileExistsError(f"{folder} exists; choose another name, or pass overwrite=True to replace it")
-    weights = _serialise(model.network, dtype)
+    weights = serialise(model.network, dtype)
     logits = fingerprint(model)
     spec = model.describe()
     _check_spec(model, spec, logits)
@@ -341,7 +334,10 @@ def _read(folder: Path, in_cache: bool) -> ImageModel:
         raise CheckpointError(f"{' and '.join(damaged)} in {folder} is not what the Hub sent: it is damaged")
     config = read_config(folder)
     model = _build(config, folder)
-    model.network.load_state_dict(_read_weights(folder, config, model.network.state_dict()))
+    if config["precision"] not in PRECISIONS:
+        legal = ", ".join(PRECISIONS)
+        raise CheckpointError(f"{folder / CONFIG} has precision {config['precision']!r}; this version reads {legal}")
+    read_into(model.network, folder / WEIGHTS, config["sha256"], PRECISIONS[config["precision"]])
     return model.eval()
 
 
@@ -452,72 +448,6 @@ def _build(config: dict[str, Any], folder: Path) -> ImageModel:
         raise CheckpointError(f"{folder / CONFIG} describes no model that can be built: {error}") from error
 
 
-def _serialise(network: nn.Module, dtype: torch.dtype) -> bytes:
-    tensors = {}
-    for name, tensor in network.state_dict().items():
-        if tensor.is_floating_point() and not tensor.isfinite().all():
-            raise ValueError(f"{name} has values that are not finite; a checkpoint is not written from them")
-        # A copy of its own, since safetensors refuses tensors that share memory.
-        stored = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-        if dtype == torch.float16 and tensor.is_floating_point():
-            stored = stored.half()
-            if not torch.equal(stored.to(tensor.dtype), tensor.detach().cpu()):
-                raise ValueError(
-                    f"{name} is not exact in float16; zoo.round_weights rounds a model, to be measured then"
-                )
-        tensors[name] = stored
-    return safetensors.torch.save(tensors)
-
-
-def _read_weights(folder: Path, config: dict[str, Any], network: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    path, sha256 = folder / WEIGHTS, config["sha256"]
-    dtype = PRECISIONS.get(config["precision"])
-    if dtype is None:
-        legal = ", ".join(PRECISIONS)
-        raise CheckpointError(f"{folder / CONFIG} has precision {config['precision']!r}; this version reads {legal}")
-    if not path.is_file():
-        raise CheckpointError(f"{path} is missing; fetch the checkpoint again")
-    # Bytes, not a map: a mapped file that is cut short later kills the process.
-    data = path.read_bytes()
-    found = hashlib.sha256(data).hexdigest()
-    if found != sha256:
-        raise CheckpointError(
-            f"{path} has sha256 {found}, {CONFIG} says {sha256}: it is damaged or changed; fetch the checkpoint again"
-        )
-    _check_header(path, data)
-    try:
-        tensors = safetensors.torch.load(data)
-    except safetensors.SafetensorError as error:
-        raise CheckpointError(f"{path} is not a safetensors file ({error}); fetch the checkpoint again") from error
-    halved = dtype == torch.float16
-    expected = {
-        name: tensor.half() if halved and tensor.is_floating_point() else tensor for name, tensor in network.items()
-    }
-    _check_tensors(path, tensors, expected)
-    return tensors
-
-
-def _check_header(path: Path, data: bytes) -> None:
-    length = int.from_bytes(data[:8], "little")
-    if len(data) < 8 or length > min(LARGEST_HEADER, len(data) - 8):
-        raise CheckpointError(f"{path} is not a safetensors file: its header does not fit; fetch the checkpoint again")
-    try:
-        names = [name for name, _ in json.loads(data[8 : 8 + length], object_pairs_hook=list)]
-    except (TypeError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} has a malformed header ({error}); fetch the checkpoint again") from error
-    if len(names) > MOST_TENSORS or len(set(names)) != len(names):
-        raise CheckpointError(f"{path} names {len(names)} tensors, {len(set(names))} of them different; it is refused")
-
-
-def _check_tensors(path: Path, tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    problems = misfits(tensors, expected)
-    for name, tensor in tensors.items():
-        if name in expected and tensor.is_floating_point() and not tensor.isfinite().all():
-            problems.append(f"{name} has values that are not finite")
-    if problems:
-        raise CheckpointError(f"{path} does not fit the architecture in {CONFIG}: {listed(problems)}")
-
-
 def _check_spec(model: ImageModel, spec: ModelSpec, logits: list[list[float]]) -> None:
     """Refuse a model whose weights, in a network built from ``spec``, would not give these logits."""
     # Building draws random weights, which must not change what the caller draws next.
@@ -535,24 +465,6 @@ def _check_spec(model: ImageModel, spec: ModelSpec, logits: list[list[float]]) -
         "it converted, folded or cast since zoo.build made it?), so it could not be loaded again; save it as it was, "
         f"and fold or cast it after loading: {listed(problems)}"
     )
-
-
-def misfits(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> list[str]:
-    """Say which tensors are missing, unexpected, or of another shape or dtype."""
-    problems = [f"missing {name}" for name in expected if name not in tensors]
-    problems += [f"unexpected {name}" for name in tensors if name not in expected]
-    for name in (name for name in expected if name in tensors):
-        tensor, wanted = tensors[name], expected[name]
-        if tensor.shape != wanted.shape:
-            problems.append(f"{name} has shape {tuple(tensor.shape)}, not {tuple(wanted.shape)}")
-        elif tensor.dtype != wanted.dtype:
-            problems.append(f"{name} has dtype {tensor.dtype}, not {wanted.dtype}")
-    return problems
-
-
-def listed(problems: Sequence[str]) -> str:
-    """Return the first eight in one line, and how many there are if there are more."""
-    return "; ".join(problems[:8]) + (f"; ... ({len(problems)} in all)" if len(problems) > 8 else "")
 
 
 def _agree(claimed: list[list[float]], measured: list[list[float]]) -> bool:

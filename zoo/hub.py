@@ -101,12 +101,9 @@ class _OutOfTime(Exception):
 
 def _cached(repository: str, revision: str | None) -> Path | None:
     """Return the folder that has what loading needs, of a commit or of what a branch was when it was last asked for."""
-    try:
-        for file in (WEIGHTS, CONFIG):
-            path = huggingface_hub.hf_hub_download(repository, file, revision=revision, local_files_only=True)
-    except errors.LocalEntryNotFoundError:
-        return None
-    return Path(path).parent
+    # Unlike a download of local files only, this never asks the Hub for anything else.
+    paths = [huggingface_hub.try_to_load_from_cache(repository, file, revision=revision) for file in (CONFIG, WEIGHTS)]
+    return Path(paths[0]).parent if all(isinstance(path, str) for path in paths) else None
 
 
 def _describe(repository: str, revision: str | None) -> huggingface_hub.ModelInfo:
