@@ -24,6 +24,10 @@ from zoo.models import ImageModel, ModelSpec
 from zoo.weights import PRECISIONS, listed, misfits, read_into, serialise
 
 SCHEMA = 1
+# A network of so many bytes is built whatever its file holds, which may be damaged.
+HARMLESS = 1 << 28
+# The names of 22,000 classes take 1 MB.
+LARGEST_CONFIG = 1 << 24
 PRETRAINED = Path(__file__).parent / "pretrained"
 # Names of checkpoints too large to embed, with the repository and the commit that have them.
 PUBLISHED = PRETRAINED / "published.json"
@@ -333,7 +337,7 @@ def _read(folder: Path, in_cache: bool) -> ImageModel:
     if in_cache and (damaged := hub.damaged(folder)):
         raise CheckpointError(f"{' and '.join(damaged)} in {folder} is not what the Hub sent: it is damaged")
     config = read_config(folder)
-    model = _build(config, folder)
+    model = _build(config, folder, largest=_most_bytes(folder / WEIGHTS))
     if config["precision"] not in PRECISIONS:
         legal = ", ".join(PRECISIONS)
         raise CheckpointError(f"{folder / CONFIG} has precision {config['precision']!r}; this version reads {legal}")
@@ -348,13 +352,15 @@ def read_config(folder: Path) -> dict[str, Any]:
         CheckpointError: it is missing, not JSON, of another schema, or a field is missing or of the wrong type.
     """
     path = folder / CONFIG
+    if path.is_file() and path.stat().st_size > LARGEST_CONFIG:
+        raise CheckpointError(f"{path} has more than {LARGEST_CONFIG:,} bytes, as no checkpoint's has")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise CheckpointError(
             f"{path} is missing: {folder} is no checkpoint folder; python -m zoo export or zoo.save writes one"
         ) from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not JSON ({error}); fetch the checkpoint again") from error
     if not isinstance(config, dict) or config.get("schema") != SCHEMA:
         found = config.get("schema") if isinstance(config, dict) else None
@@ -439,13 +445,27 @@ def _fields_of_timm(model: ImageModel, licence: str) -> dict[str, Any]:
     }
 
 
-def _build(config: dict[str, Any], folder: Path) -> ImageModel:
+def _most_bytes(weights: Path) -> int:
+    """Return how much memory a network may take whose weights are in that file, which may be in half precision."""
+    return max(HARMLESS, 2 * weights.stat().st_size if weights.is_file() else 0)
+
+
+def _build(config: dict[str, Any], folder: Path, largest: int | None = None) -> ImageModel:
+    """Return the model that a config describes, if it takes at most ``largest`` bytes."""
     if foreign := sorted(FOREIGN_SOURCES & config["model_args"].keys()):
         raise CheckpointError(f"{folder / CONFIG}: model_args name other weights ({', '.join(foreign)}); remove these")
     try:
-        return ModelSpec.from_dict(config).build()
-    except (TypeError, ValueError) as error:
+        spec = ModelSpec.from_dict(config)
+        size = None if largest is None else spec.bytes_of_weights()
+        if size is None or size <= largest:
+            return spec.build()
+    # Architectures fail in as many ways as there are wrong arguments.
+    except Exception as error:
         raise CheckpointError(f"{folder / CONFIG} describes no model that can be built: {error}") from error
+    raise CheckpointError(
+        f"{folder / CONFIG} describes a network of {size:,} bytes, which {WEIGHTS} cannot hold; fetch the checkpoint "
+        "again"
+    )
 
 
 def _check_spec(model: ImageModel, spec: ModelSpec, logits: list[list[float]]) -> None:

@@ -87,9 +87,10 @@ class ModelSpec:
         """Return a freshly initialised model of this spec, in training mode.
 
         Raises:
-            ValueError, TypeError: what :func:`build` refuses, or settings of a layer that is not decoupled.
+            ValueError, TypeError: what :func:`build` refuses, or settings of a layer that is not decoupled. The size of
+            the images was tried when the spec was made.
         """
-        model = build(
+        model = _build(
             self.architecture,
             self.operator or PLAIN,
             class_names=self.class_names,
@@ -97,7 +98,7 @@ class ModelSpec:
             input_size=self.input_size,
             mean=self.mean,
             std=self.std,
-            **self.model_args,
+            architecture_args=self.model_args,
         )
         layers = decoupled_layers(model.network)
         for name, settings in self.layer_settings.items():
@@ -105,6 +106,25 @@ class ModelSpec:
             layer.set_operator({**self.operator.to_dict(), **settings})
         model.spec = dataclasses.replace(model.spec, layer_settings=self.layer_settings)
         return model
+
+    def bytes_of_weights(self) -> int | None:
+        """Return how much memory the plain network's weights take, which are not made for that.
+
+        None for networks of timm that look at numbers while they are built.
+
+        Raises:
+            ValueError, TypeError: as :meth:`build`.
+        """
+        try:
+            with torch.device("meta"):
+                network = _build_network(
+                    self.architecture, len(self.class_names), self.in_chans, self.input_size, dict(self.model_args)
+                )
+        except (NotImplementedError, RuntimeError):
+            if self.architecture in ARCHITECTURES:
+                raise
+            return None
+        return sum(tensor.nbytes for tensor in network.state_dict().values())
 
 
 class ImageModel(nn.Module):
@@ -266,13 +286,42 @@ def build(
             the architecture cannot take.
         TypeError: an argument that the architecture does not have.
     """
+    model = _build(
+        architecture,
+        operator,
+        num_classes=num_classes,
+        in_chans=in_chans,
+        input_size=input_size,
+        class_names=class_names,
+        mean=mean,
+        std=std,
+        architecture_args=architecture_args,
+    )
+    # The size that it is made for needs no proof, which would cost as much as an image.
+    if model.spec.input_size != _default_input_size(model.network):
+        check_input_size(model)
+    return model
+
+
+def _build(
+    architecture: str,
+    operator: OperatorConfig | str | Mapping[str, Any],
+    *,
+    in_chans: int,
+    input_size: int | None,
+    class_names: Sequence[str] | None,
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+    architecture_args: Mapping[str, Any],
+    num_classes: int | None = None,
+) -> ImageModel:
     config = None if operator == PLAIN else OperatorConfig.parse(operator)
     names = _class_names(class_names, num_classes)
     if in_chans < 1:
         raise ValueError(f"in_chans must be at least 1, got {in_chans}")
     if input_size is not None and input_size < 1:
         raise ValueError(f"input_size must be at least 1, got {input_size}")
-    network = _build_network(architecture, len(names), in_chans, input_size, architecture_args)
+    network = _build_network(architecture, len(names), in_chans, input_size, dict(architecture_args))
     if config is not None:
         convert_decoupled(network, config)
     rgb = in_chans == 3
@@ -294,11 +343,7 @@ def build(
         # Where the first weights came from is no part of the network.
         model_args={name: value for name, value in architecture_args.items() if name != "pretrained"},
     )
-    model = ImageModel(network, spec)
-    # The size that it is made for needs no proof, which would cost as much as an image.
-    if spec.input_size != _default_input_size(network):
-        check_input_size(model)
-    return model
+    return ImageModel(network, spec)
 
 
 def check_input_size(model: ImageModel) -> None:
