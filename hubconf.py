@@ -1,4 +1,4 @@
-"""Entry points of ``torch.hub``: one for each embedded checkpoint, one for each architecture, and ``checkpoint``.
+"""Entry points of ``torch.hub``: one for each checkpoint, one for each architecture, and ``checkpoint``.
 
 torch.hub.load("ORG/decoupled-zoo", "digits_cnn6_tanh_cosine", trust_repo=True)
 torch.hub.load("path/of/this/folder", "resnet20", operator="ball_cosine", source="local")
@@ -8,7 +8,7 @@ import json as _json
 import sys as _sys
 from pathlib import Path as _Path
 
-dependencies = ["torch", "torchvision", "timm", "safetensors", "PIL"]
+dependencies = ["torch", "torchvision", "timm", "safetensors", "huggingface_hub", "PIL"]
 
 _HERE = _Path(__file__).resolve().parent
 
@@ -23,16 +23,17 @@ _ARCHITECTURES = {
 }
 
 
-def checkpoint(where, num_classes=None, in_chans=None, device=None):
-    """Load a checkpoint folder, or an embedded checkpoint by name, in evaluation mode.
+def checkpoint(where, num_classes=None, in_chans=None, revision=None, device=None):
+    """Load a checkpoint in evaluation mode: a folder, one of this repository by name, or a Hub repository.
 
     Args:
-        where: the folder's path, or the name.
+        where: the folder's path, the name, or "owner/name".
         num_classes: another number than the checkpoint's gives a fresh, untrained classifier.
         in_chans: another number spreads the first convolution's filters over that many channels.
+        revision: of a Hub repository: a commit, branch or tag.
         device: where the model is put; the CPU by default.
     """
-    return _zoo().load(where, num_classes=num_classes, in_chans=in_chans, device=device)
+    return _zoo().load(where, num_classes=num_classes, in_chans=in_chans, revision=revision, device=device)
 
 
 def _zoo():
@@ -53,29 +54,34 @@ def _zoo():
     return zoo
 
 
-def _checkpoint_entry(name, config):
+def _checkpoint_entry(name, description):
     def entry(pretrained=True, num_classes=None, device=None):
         zoo = _zoo()
         if pretrained:
             return zoo.load(name, num_classes=num_classes, device=device)
         return zoo.load_untrained(name, num_classes=num_classes, device=device)
 
+    entry.__name__ = name
+    entry.__doc__ = f"""{description}
+
+    ``model.transform`` makes what it takes from a PIL image.
+
+    Args:
+        pretrained: load the trained weights (evaluation mode), or start afresh (training mode).
+        num_classes: another number than its own gives a fresh, untrained classifier.
+        device: where the model is put; the CPU by default.
+    """
+    return entry
+
+
+def _description(config):
     measured = "; ".join(
         f"{m['name']} {m['value']:.4f} on {m['dataset']}, {m['split']} split, {m['images']:,} images"
         for m in config["metrics"]
     )
-    entry.__name__ = name
-    entry.__doc__ = f"""{config["architecture"]} for {len(config["class_names"])} classes. {measured}.
-
-    It takes images (N, {config["in_chans"]}, {config["input_size"]}, {config["input_size"]}) in [0, 1];
-    ``model.transform`` makes one from a PIL image.
-
-    Args:
-        pretrained: load the trained weights (evaluation mode), or start afresh (training mode).
-        num_classes: another number than {len(config["class_names"])} gives a fresh, untrained classifier.
-        device: where the model is put; the CPU by default.
-    """
-    return entry
+    shape = f"(N, {config['in_chans']}, {config['input_size']}, {config['input_size']})"
+    classes = len(config["class_names"])
+    return f"{config['architecture']} for {classes} classes. {measured}.\n\n    It takes images {shape} in [0, 1]."
 
 
 def _architecture_entry(name, description):
@@ -96,8 +102,12 @@ def _architecture_entry(name, description):
     return entry
 
 
-for _name, _description in _ARCHITECTURES.items():
-    globals()[_name] = _architecture_entry(_name, _description)
-for _path in sorted((_HERE / "zoo" / "pretrained").glob("*/config.json")):
+for _name, _text in _ARCHITECTURES.items():
+    globals()[_name] = _architecture_entry(_name, _text)
+_PRETRAINED = _HERE / "zoo" / "pretrained"
+for _path in sorted(_PRETRAINED.glob("*/config.json")):
     _name = _path.parent.name
-    globals()[_name] = _checkpoint_entry(_name, _json.loads(_path.read_text(encoding="utf-8")))
+    globals()[_name] = _checkpoint_entry(_name, _description(_json.loads(_path.read_text(encoding="utf-8"))))
+# Checkpoints too large for this repository come from the Hub, each at one commit.
+for _name, _source in _json.loads((_PRETRAINED / "published.json").read_text(encoding="utf-8")).items():
+    globals()[_name] = _checkpoint_entry(_name, f"The Hub's {_source['repository']}, commit {_source['commit']}.")

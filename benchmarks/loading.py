@@ -1,7 +1,7 @@
 """How long loading and publishing take, and how much memory loading needs: python -m benchmarks.loading
 
 Embedded checkpoints, a commit in a warm cache of the Hub, and a folder of 20 MB on its way to a Hub on loopback
-(tests.hub_server). Prints a table and writes results/loading.json.
+(tests.hub_server). Writes results/loading.json and the table in docs/checkpoints.md.
 """
 
 import argparse
@@ -16,9 +16,14 @@ from pathlib import Path
 
 import zoo
 from benchmarks import measure
+from benchmarks.report import DOCS, read
 from tests.hub_server import serving
+from zoo.cards import markdown_table
+from zoo.checkpoints import write_whole
+from zoo.reports import filled
 
 OUTPUT = measure.RESULTS / "loading.json"
+PAGE = DOCS / "checkpoints.md"
 EMBEDDED = ("digits_cnn6_tanh_cosine", "cifar10_resnet20_tanh_cosine")
 REPEATS = 20
 # 20 MB and 94 MB of weights.
@@ -76,6 +81,13 @@ print(time.perf_counter() - began)
 """
 
 
+def table() -> str:
+    """Return what was measured last, in Markdown."""
+    record = read(OUTPUT.name)
+    header = (f"{record['hardware']}, torch {record['torch']}", "")
+    return markdown_table(header, [(what, f"{value:.3g}") for what, value in record["rows"].items()])
+
+
 def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     rows = {f"loading {name}, s": seconds(lambda name=name: zoo.load(name)) for name in EMBEDDED}
@@ -106,9 +118,9 @@ def main() -> None:
         server.hub.requests.clear()
         rows["loading its commit from the warm cache, s"] = in_process(code, **environment)
         rows["requests made for that"] = len(server.hub.requests)
-    for what, value in rows.items():
-        print(f"{what}: {value:.3g}")
     measure.write({**measure.describe("cpu", os.cpu_count()), "rows": rows}, OUTPUT)
+    write_whole(PAGE, filled(PAGE.read_text(encoding="utf-8"), {"loading": table()}))
+    print(f"written: {PAGE}\n\n{table()}")
 
 
 if __name__ == "__main__":

@@ -370,8 +370,12 @@ def test_a_read_only_cache_serves_and_tells_when_it_cannot_keep(server, monkeypa
     refuses("cannot be written into the Hub's cache, /proc/cache .*; HF_HOME moves it")
 
 
-def run(code: str, server: Server, cache: Path, **settings: str) -> subprocess.Popen:
+def run(code: str, server: Server, cache: Path) -> subprocess.Popen:
     """Run Python in a process of its own, with the client told by the environment where the Hub is."""
+    return run_words([sys.executable, "-c", code], server, cache)
+
+
+def run_words(words: list[str], server: Server, cache: Path) -> subprocess.Popen:
     environment = {
         **os.environ,
         "HF_ENDPOINT": server.url,
@@ -380,12 +384,9 @@ def run(code: str, server: Server, cache: Path, **settings: str) -> subprocess.P
         "HF_HUB_DISABLE_XET": "1",
         "HF_TOKEN": "hf_anything",
         "OMP_NUM_THREADS": "1",
-        **settings,
     }
-    command = [sys.executable, "-c", code]
-    return subprocess.Popen(
-        command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(words, env=environment, cwd=ROOT, **pipes)
 
 
 LOAD = f"import torch, zoo; print(zoo.load({REPOSITORY!r})(torch.ones(1, 1, 8, 8)).sum().item())"

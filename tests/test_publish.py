@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import shutil
 import sys
 
@@ -12,12 +13,28 @@ import torch
 from huggingface_hub import ModelCard
 
 import zoo
+from benchmarks import loading
 from tests.hub_server import Fault
-from tests.test_hub_faults import CONTENT, EXPECTED, IMAGES, LOAD, NAME, REPOSITORY, TOTAL, run, server, status
+from tests.test_hub_faults import (
+    CONTENT,
+    EXPECTED,
+    IMAGES,
+    LOAD,
+    NAME,
+    REPOSITORY,
+    ROOT,
+    TOTAL,
+    run,
+    run_words,
+    server,
+    status,
+)
+from tests.test_readme import BASH
 from zoo import __main__ as command_line
 from zoo.checkpoints import PRETRAINED
 from zoo.hub import CARD, CONFIG, FILES, WEIGHTS
 from zoo.publish import missing, publish
+from zoo.reports import filled
 
 __all__ = ["server"]
 
@@ -156,3 +173,41 @@ def test_a_process_told_by_the_environment_loads_from_the_hub(server, tmp_path):
     process = run(LOAD, server, tmp_path / "other")
     printed = process.communicate(timeout=120)[0]
     assert float(printed.splitlines()[-1]) == pytest.approx(TOTAL, rel=1e-6), printed
+
+
+def test_torch_hub_fetches_what_is_too_large_to_embed_at_the_recorded_commit(server, tmp_path):
+    commit = publish(NAME, "me/new")
+    publish("digits_cnn6_conv", "me/new")
+    clone = tmp_path / "clone"
+    for part in ("operators", "zoo"):
+        shutil.copytree(ROOT / part, clone / part, ignore=shutil.ignore_patterns("*_cnn6_*", "*_resnet20_*"))
+    shutil.copy(ROOT / "hubconf.py", clone)
+    published = {"my_net": {"repository": "me/new", "commit": commit}}
+    (clone / "zoo/pretrained/published.json").write_text(json.dumps(published))
+    code = (
+        f"import sys; sys.path.remove(''); import torch; m = torch.hub.load({str(clone)!r}, 'my_net', source='local')"
+    )
+    process = run(f"{code}; print(m(torch.ones(1, 1, 8, 8)).sum().item())", server, tmp_path / "other")
+    printed = process.communicate(timeout=120)[0]
+    assert float(printed.splitlines()[-1]) == pytest.approx(TOTAL, rel=1e-6), printed
+
+
+def test_the_commands_of_the_readme_run(server, tmp_path):
+    (block,) = [block for block in BASH if "zoo publish" in block]
+    first, settings, *commands = block.strip().splitlines()
+    assert first.startswith("python -m tests.hub_server") and settings.startswith("export HF_ENDPOINT=")
+    for command in commands:
+        words = shlex.split(command)
+        process = run_words([sys.executable, *words[1:]], server, tmp_path / "other")
+        printed = process.communicate(timeout=120)[0]
+        assert process.returncode == 0, printed
+    assert printed.endswith("tanh_cosine\n")
+
+
+def test_the_page_on_checkpoints_names_tests_that_there_are_and_what_was_measured():
+    page = loading.PAGE.read_text(encoding="utf-8")
+    files = ("test_checkpoints", "test_hub_faults", "test_publish", "test_fuzz")
+    tests = "".join((ROOT / "tests" / f"{name}.py").read_text(encoding="utf-8") for name in files)
+    named = re.findall(r"`(test_\w+)`", page)
+    assert len(named) > 20 and not [name for name in named if f"def {name}(" not in tests]
+    assert page == filled(page, {"loading": loading.table()})

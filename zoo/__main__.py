@@ -70,6 +70,7 @@ def main() -> None:
     )
     command.add_argument("--to", type=Path, default=OUTPUTS, help="parent of the new folder (default: %(default)s)")
     command.add_argument("--root", help="the folder of the images, if it has moved since the training")
+    command.add_argument("--licence", help="of the weights, e.g. CC-BY-4.0; by default that of the images")
     command.add_argument("--half", action="store_true", help="store the weights in float16, rounded before measuring")
     command.add_argument("--overwrite", action="store_true", help="replace a folder that exists")
     command.set_defaults(function=export_checkpoint)
@@ -197,7 +198,8 @@ def write_cards(arguments: argparse.Namespace) -> None:
 def export_checkpoint(arguments: argparse.Namespace) -> None:
     folder = arguments.to / arguments.name
     precision = "float16" if arguments.half else "float32"
-    settings = {"root": arguments.root, "precision": precision, "overwrite": arguments.overwrite}
+    settings = {"root": arguments.root, "licence": arguments.licence, "precision": precision}
+    settings["overwrite"] = arguments.overwrite
     for metric in export(arguments.checkpoint, folder, **settings):
         print(f"accuracy {metric.value:.4f} on {metric.dataset}, {metric.split} split, {metric.images:,} images")
     print(f"written: {folder}")

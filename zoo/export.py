@@ -24,6 +24,7 @@ def export(
     data: ImageData | None = None,
     root: str | None = None,
     precision: str | None = "float32",
+    licence: str | None = None,
     overwrite: bool = False,
 ) -> list[zoo.Metric]:
     """Measure the network of a Lightning checkpoint on validation and test images, and save it as ``folder``.
@@ -34,6 +35,7 @@ def export(
         root: the folder of the images, if it has moved since the training.
         precision: "float32", or "float16": weights are then rounded before they are measured. None is float32 where
             that takes no more bytes than an embedded checkpoint may.
+        licence: of the weights; that of the images by default.
         overwrite: replace a folder that exists.
 
     Raises:
@@ -56,7 +58,7 @@ def export(
         value, images = zoo.accuracy(model, data.evaluation_batches(split))
         metrics.append(zoo.Metric("accuracy", value, data.title, split, images))
     training = {**record["training"], "data": _portable(record["data"])}
-    licence = data.licence
+    licence = licence or data.licence
     if source := record.get("source"):
         training["started_from"] = source["name"]
         if source["licence"] != licence:

@@ -27,7 +27,7 @@ def missing(folder: Path) -> list[str]:
     if not config["metrics"]:
         problems.append("no accuracy with its data set, split and number of images (python -m zoo export measures it)")
     if config["licence"].strip() in ("", "not stated"):
-        problems.append("the licence of the weights is not stated (zoo convert --licence, or --data.licence)")
+        problems.append("the licence of the weights is not stated (--licence of python -m zoo export or convert)")
     told = config["training"]
     problems += [f"the training's {field} is not recorded" for field in OF_TRAINING if not told.get(field)]
     spec = ModelSpec.from_dict(config)
