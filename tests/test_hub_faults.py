@@ -26,7 +26,7 @@ import zoo
 from tests.hub_server import Fault, Handler, Server, serving
 from zoo import hub
 from zoo.checkpoints import PRETRAINED
-from zoo.hub import CONFIG, FILES, WEIGHTS
+from zoo.hub import CARD, CONFIG, FILES, WEIGHTS
 
 ROOT = Path(__file__).resolve().parent.parent
 # Seconds, in place of those of zoo.hub.
@@ -155,7 +155,8 @@ def test_what_goes_wrong_once_is_overcome(server, fault):
 REFUSED = r"misspelt; or it is private, .* \(hf auth login\); or it is gated, and you have to ask"
 ALWAYS = {
     "truncated body": (body(lambda data: data[: len(data) // 2]), "GET", WEIGHTS, "model.safetensors of me/"),
-    "bits flipped in transit": (body(flipped), "GET", WEIGHTS, "is not what the Hub sent"),
+    "bits flipped in transit": (body(flipped), "GET", WEIGHTS, "has sha256 .*: it is damaged"),
+    "bits of the config flipped in transit": (body(flipped), "GET", CONFIG, "is not what the Hub sent"),
     "500": (status(500), "GET", WEIGHTS, "model.safetensors of me/.* cannot be had from http.*500"),
     "503 for all": (status(503), "GET", "", "cannot be had from http.*503"),
     "429 for all": (status(429, Retry_After=86400), "GET", "/api/models", "cannot be had from http.*429"),
@@ -202,7 +203,7 @@ def test_a_bit_that_flips_in_the_cache_is_found_on_every_load_and_healed_by_one_
         path = hub.fetch(REPOSITORY) / file
         path.write_bytes(flipped(path.read_bytes()))
         server.hub.requests.clear()
-        refuses(f"{file} in .* is not what the Hub sent: it is damaged", local_files_only=True)
+        refuses(f"{file} (is not what the Hub sent|has sha256 .*): it is damaged", local_files_only=True)
         assert not server.hub.requests
         loads()
         assert sum(request.startswith("GET") and request.endswith(file) for request in server.hub.requests) == 1
@@ -215,7 +216,15 @@ def test_a_damaged_cache_without_a_network_is_an_error(server):
     path = hub.fetch(REPOSITORY) / WEIGHTS
     path.write_bytes(flipped(path.read_bytes()))
     server.hub.faults.append(Fault("GET", "", status(503)))
-    refuses("it is damaged. Fetching it again failed: .* cannot be had from", revision=commit)
+    refuses("it is damaged .*. Fetching it again failed: .* cannot be had from", revision=commit)
+
+
+def test_a_card_that_cannot_be_had_is_not_needed(server):
+    server.hub.faults.append(Fault("GET", CARD, status(403)))
+    loads()
+    assert zoo.verify(REPOSITORY) == ["README.md: not the card that config.json gives; python -m zoo cards writes it"]
+    server.hub.faults.clear()
+    assert zoo.verify(REPOSITORY) == []
 
 
 def changed_config(**changes) -> bytes:

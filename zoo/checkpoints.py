@@ -334,8 +334,9 @@ def _repository(where: str | os.PathLike[str], revision: str | None) -> tuple[st
 
 def _read(folder: Path, in_cache: bool) -> ImageModel:
     """Return the model of a folder, which may be one of the Hub's cache."""
-    if in_cache and (damaged := hub.damaged(folder)):
-        raise CheckpointError(f"{' and '.join(damaged)} in {folder} is not what the Hub sent: it is damaged")
+    # Of the weights, config.json tells the hash; its own only the cache knows.
+    if in_cache and (folder / CONFIG).is_file() and hub.is_damaged(folder / CONFIG):
+        raise CheckpointError(f"{folder / CONFIG} is not what the Hub sent: it is damaged")
     config = read_config(folder)
     model = _build(config, folder, largest=_most_bytes(folder / WEIGHTS))
     if config["precision"] not in PRECISIONS:
