@@ -208,7 +208,7 @@ def create_branch(handler: Handler, name: str, branch: str) -> None:
 def describe(handler: Handler, name: str, revision: str = "main") -> None:
     hub = handler.server.hub
     if commit := handler.commit_of(name, revision):
-        siblings = [{"rfilename": path} for path in hub.files(name, commit)]
+        siblings = [{"rfilename": path, "size": file["size"]} for path, file in hub.files(name, commit).items()]
         private = json.loads((hub.root / name / "private").read_text())
         handler.answer(200, {"id": name, "sha": commit, "private": private, "siblings": siblings})
 

@@ -245,8 +245,9 @@ def test_tensors_that_do_not_fit_are_named(model, folder, change, message):
         ({"operator": {"name": "tanh_cosine", "radiu": 1}}, "unknown operator setting 'radiu'.*radius"),
         ({"mean": [0.5, 0.5]}, "mean needs one number for each"),
         ({"class_names": ["only", "two"]}, r"fc.bias has shape \(10,\), not \(2,\)"),
-        ({"in_chans": 10**6, "mean": [0.5] * 10**6, "std": [0.5] * 10**6}, "a network of 1,1.* bytes, which model.s"),
-        ({"training": {"command": "x" * (1 << 24)}}, "has more than 16,777,216 bytes"),
+        ({"in_chans": 10**6, "mean": [0.5] * 10**6, "std": [0.5] * 10**6}, "takes more than 268,435,456 bytes"),
+        ({"training": {"command": "x" * (1 << 24)}}, "more than 16,777,216 characters"),
+        ({"architecture": "resnet50", "model_args": {"layers": [10**6, 1, 1, 1]}}, "bytes or 5000 tensors"),
     ],
 )
 def test_a_config_that_is_wrong_is_named(folder, changes, message):

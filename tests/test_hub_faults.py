@@ -53,6 +53,7 @@ def server(tmp_path, monkeypatch):
         for name in ("SECONDS_TO_ANSWER", "SECONDS_A_FILE"):
             monkeypatch.setattr(hub, name, PATIENCE)
         monkeypatch.setattr(hub, "LONGEST_WAIT", 1)
+        monkeypatch.setattr(hub, "LEAST_BYTES_A_SECOND", 10_000_000)
         put(server, CONTENT)
         yield server
 
@@ -124,6 +125,10 @@ def drip(handler: Handler) -> None:
         time.sleep(0.1)
 
 
+def page(handler: Handler) -> None:
+    handler.answer(200, b"<html>")
+
+
 def hang_up(handler: Handler) -> None:
     handler.close_connection = True
 
@@ -165,9 +170,9 @@ ALWAYS = {
     "slow drip": (drip, "GET", WEIGHTS, "did not send it within"),
     "slow drip of the description": (drip, "GET", "/api/models", "did not send it within"),
     "the connection is dropped": (hang_up, "GET", WEIGHTS, "model.safetensors of me/"),
-    "HTML in place of the weights": (lambda handler: handler.answer(200, b"<html>"), "GET", WEIGHTS, "safetensors"),
-    "HTML in place of everything": (lambda handler: handler.answer(200, b"<html>"), "GET", "", "cannot be had"),
-    "HTML for a HEAD": (lambda handler: handler.answer(200, b"<html>"), "HEAD", CONFIG, "config.json of me/.*X-Repo"),
+    "HTML in place of the weights": (page, "GET", WEIGHTS, "model.safetensors of me/.* cannot be had"),
+    "HTML in place of everything": (page, "GET", "", "cannot be had"),
+    "HTML for a HEAD": (page, "HEAD", CONFIG, "config.json of me/.*X-Repo"),
     "401": (status(401), "GET", "/api/models", REFUSED),
     "403": (status(403), "GET", "/api/models", REFUSED),
     "gated": (lambda handler: handler.fail(403, "GatedRepo", "ask"), "GET", "/api/models", REFUSED),
@@ -180,6 +185,7 @@ def test_what_stays_wrong_is_an_error_and_leaves_nothing_that_is_believed_later(
     server.hub.faults.append(Fault(method, path, act))
     refuses(message)
     server.hub.faults.clear()
+    refuses("is not in the Hub's cache|has sha256|is not what the Hub sent", local_files_only=True)
     # What hangs still has the client's lock.
     if "answer" not in fault and "drip" not in fault:
         loads()
@@ -338,6 +344,24 @@ def test_a_commit_in_the_cache_needs_no_request_and_a_branch_follows_the_hub(ser
         zoo.load(NAME, revision="main")
 
 
+def test_another_commit_than_the_pinned_one_is_refused(server):
+    first = server.hub.find(REPOSITORY, "main")
+    loads()
+    other = (PRETRAINED / "digits_cnn6_sphere_cosine").iterdir()
+    second = put(server, {path.name: path.read_bytes() for path in other})
+    refs = server.hub.root / REPOSITORY / "commits"
+    (refs / "1".zfill(40)).write_text((refs / second).read_text())
+
+    def lie(handler: Handler) -> None:
+        handler.answer(200, {"id": REPOSITORY, "sha": first, "siblings": []})
+
+    server.hub.faults.append(Fault("GET", "/api/models", lie))
+    refuses("the Hub calls the commit", revision="1".zfill(40))
+    server.hub.faults.clear()
+    server.hub.faults.append(Fault("HEAD", CONFIG, body(lambda data: b"")))
+    refuses(f"the Hub sent config.json of commit {second} in place of 0+1", revision="1".zfill(40))
+
+
 def test_both_files_are_of_one_commit_though_the_branch_moves_between(server):
     other = zoo.save(zoo.build("cnn6", "tanh_cosine", in_chans=1, input_size=8).eval(), Path(server.hub.root) / NAME)
 
@@ -374,7 +398,7 @@ def test_without_a_network_the_cache_is_taken_with_a_warning(server):
         loads()
 
 
-def test_a_read_only_cache_serves_and_tells_when_it_cannot_keep(server, monkeypatch, tmp_path):
+def test_a_cache_that_cannot_be_written_is_told(server, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", "/proc/cache")
     refuses("cannot be written into the Hub's cache, /proc/cache .*; HF_HOME moves it")
 

@@ -14,6 +14,7 @@ from huggingface_hub import ModelCard
 
 import zoo
 from benchmarks import loading
+from operators import DecoupledConv2d
 from tests.hub_server import Fault
 from tests.test_hub_faults import (
     CONTENT,
@@ -24,6 +25,8 @@ from tests.test_hub_faults import (
     REPOSITORY,
     ROOT,
     TOTAL,
+    hang_up,
+    put,
     run,
     run_words,
     server,
@@ -99,15 +102,45 @@ def test_a_branch_and_a_private_repository_are_made_on_request(server):
         publish(NAME, REPOSITORY, private=True)
 
 
-@pytest.mark.parametrize("step", ["/preupload/", r"\.git/info/lfs", "/lfs/", "/commit/"])
-def test_publishing_that_is_interrupted_leaves_the_repository_as_it_was(server, step):
+STEPS = ["/preupload/", r"\.git/info/lfs", "^/lfs/", "/commit/"]
+
+
+# What is cut off, the client tries again for half a minute.
+@pytest.mark.parametrize(("how", "step"), [*(("refused", step) for step in STEPS), ("cut off", "^/lfs/")])
+def test_publishing_that_is_interrupted_leaves_the_repository_as_it_was(server, how, step):
     before = server.hub.find(REPOSITORY, "main")
-    server.hub.faults += [Fault("POST", step, status(403)), Fault("PUT", step, status(403))]
-    with pytest.raises(zoo.HubError, match="me/.* is misspelt or not yours to write"):
+    act, message = {
+        "refused": (status(403), "me/.* is misspelt or not yours to write"),
+        "cut off": (hang_up, "the Hub at .* did not take me/.*; what was published before is as it was"),
+    }[how]
+    server.hub.faults += [Fault("POST", step, act), Fault("PUT", step, act)]
+    with pytest.raises(zoo.HubError, match=message):
         publish("digits_cnn6_conv", REPOSITORY)
+    assert any(re.search(step, request.split()[1]) for request in server.hub.requests)
     server.hub.faults.clear()
     assert server.hub.find(REPOSITORY, "main") == before
     assert torch.equal(zoo.load(REPOSITORY)(IMAGES), EXPECTED)
+
+
+def test_a_commit_that_came_meanwhile_is_not_mixed_with_ours(server):
+    config = {CONFIG: CONTENT[CONFIG].replace(b"digits", b"others")}
+
+    def come_between(handler) -> bool:
+        put(server, {**CONTENT, **config})
+        return True
+
+    server.hub.faults.append(Fault("POST", "/commit/", come_between, times=1))
+    with pytest.raises(zoo.HubError, match="did not take me/.*412"):
+        publish("digits_cnn6_conv", REPOSITORY)
+    assert torch.equal(zoo.load(REPOSITORY)(IMAGES), EXPECTED)
+
+
+def test_a_folder_of_the_same_name_is_not_taken_for_the_hubs(server, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(PRETRAINED / "digits_cnn6_conv", REPOSITORY)
+    assert zoo.load(REPOSITORY).spec.operator is None
+    assert torch.equal(zoo.load(f"hf-hub:{REPOSITORY}")(IMAGES), EXPECTED)
+    assert isinstance(timm.create_model(f"hf-hub:{REPOSITORY}", pretrained=True).features[0], DecoupledConv2d)
 
 
 def test_what_is_missing_is_listed_and_nothing_is_sent(server, tmp_path):

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+import sys
 import tempfile
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from operators.lookup import look_up, unknown_name
 from zoo import hub
 from zoo.cards import model_card
-from zoo.errors import CheckpointError, HubError
+from zoo.errors import CheckpointError, DamagedError, HubError
 from zoo.hub import CARD, CONFIG, WEIGHTS
 from zoo.models import ImageModel, ModelSpec
 from zoo.weights import PRECISIONS, listed, misfits, read_into, serialise
@@ -26,8 +27,8 @@ from zoo.weights import PRECISIONS, listed, misfits, read_into, serialise
 SCHEMA = 1
 # A network of so many bytes is built whatever its file holds, which may be damaged.
 HARMLESS = 1 << 28
-# The names of 22,000 classes take 1 MB.
-LARGEST_CONFIG = 1 << 24
+# Before a repository's name: it is no folder, though there may be one of that name.
+HUB = "hf-hub:"
 PRETRAINED = Path(__file__).parent / "pretrained"
 # Names of checkpoints too large to embed, with the repository and the commit that have them.
 PUBLISHED = PRETRAINED / "published.json"
@@ -75,7 +76,8 @@ def load(
 
     Args:
         where: the name of an embedded or published checkpoint (see :func:`list_checkpoints`), the path of a checkpoint
-            folder, or a Hub repository, ``"owner/name"``, which is fetched into the Hub's cache.
+            folder, or a Hub repository, which is fetched into the Hub's cache: ``"owner/name"``, or, where a folder has
+            the same name, ``"hf-hub:owner/name"``.
         num_classes: another number gives the model a fresh, untrained classifier, and says so.
         in_chans: another number spreads the first convolution's filters over that many channels, and says so. Images
             with equal channels then get the answers they had: exactly so from one channel, and for ordinary
@@ -92,17 +94,16 @@ def load(
     """
     source = {"revision": revision, "local_files_only": local_files_only}
     folder = find(where, **source)
-    in_cache = _repository(where, revision) is not None
     try:
-        model = _read(folder, in_cache)
-    except CheckpointError as error:
-        if not in_cache:
+        model = _read(folder)
+    except DamagedError as error:
+        if _repository(where, revision) is None:
             raise
         try:
             folder = find(where, **source, renew=True)
         except HubError as again:
             raise CheckpointError(f"{error}. Fetching it again failed: {again}") from error
-        model = _read(folder, in_cache)
+        model = _read(folder)
     if in_chans not in (None, model.spec.in_chans):
         if in_chans < 1:
             raise ValueError(f"in_chans must be at least 1, got {in_chans}")
@@ -129,7 +130,7 @@ def load_untrained(
         HubError: a Hub repository that cannot be had.
     """
     folder = find(where, revision=revision)
-    model = _build(read_config(folder), folder)
+    model = _build(read_config(folder), folder, _most_bytes(folder / WEIGHTS))
     if num_classes not in (None, len(model.class_names)):
         model.reset_classifier([str(label) for label in range(num_classes)])
     return model.to(device)
@@ -325,6 +326,8 @@ def _repository(where: str | os.PathLike[str], revision: str | None) -> tuple[st
     name = os.fspath(where)
     if not isinstance(where, str) or name in list_checkpoints():
         return None
+    if name.startswith(HUB):
+        return name.removeprefix(HUB), revision
     if published := list_published().get(name):
         return published["repository"], revision or published["commit"]
     # A path in a folder that exists is a misspelt path.
@@ -332,13 +335,9 @@ def _repository(where: str | os.PathLike[str], revision: str | None) -> tuple[st
     return (name, revision) if hub.is_repository(name) and not is_path else None
 
 
-def _read(folder: Path, in_cache: bool) -> ImageModel:
-    """Return the model of a folder, which may be one of the Hub's cache."""
-    # Of the weights, config.json tells the hash; its own only the cache knows.
-    if in_cache and (folder / CONFIG).is_file() and hub.is_damaged(folder / CONFIG):
-        raise CheckpointError(f"{folder / CONFIG} is not what the Hub sent: it is damaged")
+def _read(folder: Path) -> ImageModel:
     config = read_config(folder)
-    model = _build(config, folder, largest=_most_bytes(folder / WEIGHTS))
+    model = _build(config, folder, _most_bytes(folder / WEIGHTS))
     if config["precision"] not in PRECISIONS:
         legal = ", ".join(PRECISIONS)
         raise CheckpointError(f"{folder / CONFIG} has precision {config['precision']!r}; this version reads {legal}")
@@ -353,14 +352,18 @@ def read_config(folder: Path) -> dict[str, Any]:
         CheckpointError: it is missing, not JSON, of another schema, or a field is missing or of the wrong type.
     """
     path = folder / CONFIG
-    if path.is_file() and path.stat().st_size > LARGEST_CONFIG:
-        raise CheckpointError(f"{path} has more than {LARGEST_CONFIG:,} bytes, as no checkpoint's has")
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        with path.open(encoding="utf-8") as file:
+            text = file.read(hub.LARGEST_TEXT + 1)
+        if len(text) > hub.LARGEST_TEXT:
+            raise ValueError(f"more than {hub.LARGEST_TEXT:,} characters")
+        config = json.loads(text)
     except FileNotFoundError as error:
         raise CheckpointError(
             f"{path} is missing: {folder} is no checkpoint folder; python -m zoo export or zoo.save writes one"
         ) from error
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error}); check the path and its permissions") from error
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not JSON ({error}); fetch the checkpoint again") from error
     if not isinstance(config, dict) or config.get("schema") != SCHEMA:
@@ -402,7 +405,8 @@ _FIELDS: dict[str, type | tuple[type, ...]] = {
 
 def write_whole(path: Path, text: str) -> None:
     """Write a text file whole or not at all."""
-    draft = path.with_name(f"{path.name}.part")
+    # Of its own, for another process may write the same.
+    draft = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         # The line ends of the text itself: those of CSV are the same everywhere.
         draft.write_text(text, encoding="utf-8", newline="")
@@ -451,26 +455,26 @@ def _most_bytes(weights: Path) -> int:
     return max(HARMLESS, 2 * weights.stat().st_size if weights.is_file() else 0)
 
 
-def _build(config: dict[str, Any], folder: Path, largest: int | None = None) -> ImageModel:
-    """Return the model that a config describes, if it takes at most ``largest`` bytes."""
+def _build(config: dict[str, Any], folder: Path, largest: int) -> ImageModel:
+    """Return the model that a config describes, if its weights take at most ``largest`` bytes."""
     if foreign := sorted(FOREIGN_SOURCES & config["model_args"].keys()):
         raise CheckpointError(f"{folder / CONFIG}: model_args name other weights ({', '.join(foreign)}); remove these")
     try:
         spec = ModelSpec.from_dict(config)
-        size = None if largest is None else spec.bytes_of_weights()
-        if size is None or size <= largest:
-            return spec.build()
+        spec.check_size(largest)
+        return spec.build()
     # Architectures fail in as many ways as there are wrong arguments.
     except Exception as error:
         raise CheckpointError(f"{folder / CONFIG} describes no model that can be built: {error}") from error
-    raise CheckpointError(
-        f"{folder / CONFIG} describes a network of {size:,} bytes, which {WEIGHTS} cannot hold; fetch the checkpoint "
-        "again"
-    )
 
 
 def _check_spec(model: ImageModel, spec: ModelSpec, logits: list[list[float]]) -> None:
     """Refuse a model whose weights, in a network built from ``spec``, would not give these logits."""
+    try:
+        spec.check_size(sys.maxsize)
+    # As loading would fail.
+    except Exception as error:
+        raise ValueError(f"{spec.architecture} could not be loaded again: its size cannot be told ({error})") from error
     # Building draws random weights, which must not change what the caller draws next.
     with torch.random.fork_rng(devices=[]):
         twin = spec.build()

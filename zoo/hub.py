@@ -1,26 +1,35 @@
 """Checkpoints in repositories of the Hugging Face Hub: fetched into its cache, from one commit, in bounded time."""
 
+import contextlib
 import contextvars
 import hashlib
+import os
 import re
 import threading
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from pathlib import Path
 from typing import TypeVar
 
 import huggingface_hub
 from huggingface_hub import constants, errors
+from huggingface_hub.utils import validate_repo_id
 
-from zoo.errors import HubError
+from zoo.errors import DamagedError, HubError
 
 # The files of a checkpoint, in the order in which they are fetched; the last one is not needed to load it.
 CONFIG, WEIGHTS, CARD = FILES = ("config.json", "model.safetensors", "README.md")
 
 # The client itself can wait for minutes on a server that says nothing, and without end on one that says little.
 SECONDS_TO_ANSWER, SECONDS_A_FILE, LEAST_BYTES_A_SECOND = 10, 20, 100_000
+LONGEST = 3600
+
+# Bytes that config.json and the card may have; the names of 22,000 classes take 1 MB.
+LARGEST_TEXT = 1 << 24
+
+COMMIT = "[0-9a-f]{40}"
 
 # Of requests that a busy server refuses, and how long we wait at most before each, in seconds.
 RETRIES, LONGEST_WAIT = 2, 3
@@ -30,8 +39,12 @@ Value = TypeVar("Value")
 
 
 def is_repository(name: str) -> bool:
-    """Return whether ``name`` has the form ``owner/name``."""
-    return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) is not None
+    """Return whether ``name`` has the form ``owner/name``, and the Hub allows it."""
+    try:
+        validate_repo_id(name)
+    except errors.HFValidationError:
+        return False
+    return "/" in name
 
 
 def fetch(repository: str, *, revision: str | None = None, local_files_only: bool = False, renew: bool = False) -> Path:
@@ -54,48 +67,77 @@ def fetch(repository: str, *, revision: str | None = None, local_files_only: boo
     cached = _cached(repository, revision)
     offline = local_files_only or constants.is_offline_mode()
     if cached and not renew and (offline or cached.name == revision):
-        return cached
-    if offline:
+        folder = cached
+    elif offline:
         raise HubError(
             f"{what} is not in the Hub's cache, {constants.HF_HUB_CACHE}, and no request is made (local_files_only or "
             "HF_HUB_OFFLINE); load it once with a network"
         )
-    try:
-        info = _ask(what, SECONDS_TO_ANSWER, _describe, repository, revision)
-    except HubError as error:
-        # A refusal has a status of its own.
-        if cached is None or renew or status_of(error.__cause__) not in (None, *BUSY):
-            raise
-        warnings.warn(f"{error}; the commit in the cache is taken, {cached.name}", stacklevel=3)
-        return cached
-    sizes = {sibling.rfilename: sibling.size or 0 for sibling in info.siblings}
-    if missing := [file for file in (CONFIG, WEIGHTS) if file not in sizes]:
-        raise HubError(f"{what} has no {' and no '.join(missing)}: it is no checkpoint of decoupled-zoo")
-    folder = None
-    for file in (file for file in FILES if file in sizes):
-        # The first file by the revision, which the cache then knows; the others by the commit that it came from.
-        settings = {"revision": folder.name if folder else revision, "force_download": renew}
-        seconds = SECONDS_A_FILE + sizes[file] / LEAST_BYTES_A_SECOND
+    else:
         try:
-            path = _ask(f"{file} of {what}", seconds, huggingface_hub.hf_hub_download, repository, file, **settings)
-        except HubError:
-            # The model can be loaded without; verify says that it is missing.
-            if file == CARD:
-                break
-            raise
-        folder = Path(path).parent
-    return folder
+            commit, sizes = _ask(what, SECONDS_TO_ANSWER, _describe, repository, revision)
+            folder = _download(repository, what, commit, sizes, renew)
+            _remember(folder, revision or constants.DEFAULT_REVISION)
+        except HubError as error:
+            # A refusal has a status of its own.
+            if cached is None or renew or status_of(error.__cause__) not in (None, *BUSY):
+                raise
+            warnings.warn(f"{error}; the commit in the cache is taken, {cached.name}", stacklevel=3)
+            folder = cached
+    if not is_damaged(folder / CONFIG):
+        return folder
+    if renew or offline:
+        raise DamagedError(f"{folder / CONFIG} is not what the Hub sent: it is damaged; fetch it again")
+    return fetch(repository, revision=folder.name, renew=True)
 
 
 def is_damaged(file: Path) -> bool:
-    """Say whether the content of a small file in the Hub's cache is not what the Hub said it would be.
+    """Say whether the content of a file in the Hub's cache is not what the Hub said it would be.
 
-    The cache calls a file by the Hub's ETag: the hash that git gives it, or the sha256 of one that git has elsewhere.
+    A link in the cache leads to a file that is called by the Hub's ETag: the hash that git gives it, or the sha256 of
+    one that git has elsewhere. Where there are no links, nothing is known.
     """
-    etag, data = file.resolve().name, file.read_bytes()
-    hashes = {40: hashlib.sha1(b"blob %d\0" % len(data) + data), 64: hashlib.sha256(data)}
-    named_by_hash = re.fullmatch("[0-9a-f]+", etag) and len(etag) in hashes
-    return bool(named_by_hash) and hashes[len(etag)].hexdigest() != etag
+    etag = Path(os.readlink(file)).name if file.is_symlink() else ""
+    if re.fullmatch("[0-9a-f]{40}", etag):
+        data = file.read_bytes()
+        return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest() != etag
+    return bool(re.fullmatch("[0-9a-f]{64}", etag)) and hashlib.sha256(file.read_bytes()).hexdigest() != etag
+
+
+def _download(repository: str, what: str, commit: str, sizes: Mapping[str, int], renew: bool) -> Path:
+    """Return the folder of a commit in the cache, with all files that it lacked."""
+    if missing := [file for file in (CONFIG, WEIGHTS) if file not in sizes]:
+        raise HubError(f"{what} has no {' and no '.join(missing)}: it is no checkpoint of decoupled-zoo")
+    if sizes[CONFIG] > LARGEST_TEXT:
+        raise HubError(f"{CONFIG} of {what} has {sizes[CONFIG]:,} bytes, as no checkpoint's has")
+    for file in (CONFIG, WEIGHTS):
+        seconds = min(LONGEST, SECONDS_A_FILE + sizes[file] / LEAST_BYTES_A_SECOND)
+        folder = _ask(f"{file} of {what}", seconds, _download_file, repository, file, commit, renew)
+    if 0 < sizes.get(CARD, 0) < LARGEST_TEXT:
+        # A model can be loaded without its card; verify says that it is missing.
+        with contextlib.suppress(HubError):
+            _ask(f"{CARD} of {what}", SECONDS_A_FILE, _download_file, repository, CARD, commit, renew)
+    return folder
+
+
+def _download_file(repository: str, file: str, commit: str, renew: bool) -> Path:
+    folder = Path(huggingface_hub.hf_hub_download(repository, file, revision=commit, force_download=renew)).parent
+    if folder.name != commit:
+        raise ValueError(f"the Hub sent {file} of commit {folder.name} in place of {commit}")
+    return folder
+
+
+def _remember(folder: Path, revision: str) -> None:
+    """Write into the cache, as the client does, which commit a branch was last seen at."""
+    refs = folder.parents[1] / "refs"
+    path = refs / revision
+    if revision != folder.name and path.resolve().is_relative_to(refs.resolve()):
+        # A cache that cannot be written can still be read.
+        with contextlib.suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            draft = path.with_name(f"{path.name}.{os.getpid()}.part")
+            draft.write_text(folder.name)
+            draft.replace(path)
 
 
 class _OutOfTime(Exception):
@@ -109,11 +151,15 @@ def _cached(repository: str, revision: str | None) -> Path | None:
     return Path(paths[0]).parent if all(isinstance(path, str) for path in paths) else None
 
 
-def _describe(repository: str, revision: str | None) -> huggingface_hub.ModelInfo:
-    """Return the commit of a revision and its files."""
-    return huggingface_hub.HfApi().model_info(
+def _describe(repository: str, revision: str | None) -> tuple[str, dict[str, int]]:
+    """Return the commit of a revision and the sizes of its files."""
+    info = huggingface_hub.HfApi().model_info(
         repository, revision=revision, files_metadata=True, timeout=SECONDS_TO_ANSWER
     )
+    pinned = revision is not None and re.fullmatch(COMMIT, revision)
+    if not re.fullmatch(COMMIT, info.sha or "") or (pinned and info.sha != revision):
+        raise ValueError(f"the Hub calls the commit {info.sha!r}")
+    return info.sha, {sibling.rfilename: int(sibling.size or 0) for sibling in info.siblings}
 
 
 def _ask(what: str, seconds: float, function: Callable[..., Value], *arguments: object, **settings: object) -> Value:

@@ -3,12 +3,14 @@
 import dataclasses
 import inspect
 import math
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import timm
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from operators import OperatorConfig, convert_decoupled, decoupled_layers
 from operators.lookup import look_up, unknown_name
@@ -20,6 +22,9 @@ ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {
 }
 
 PLAIN = "conv"
+
+# Of a network that a checkpoint may describe.
+MOST_PARAMETERS = 5000
 
 # Of a decoupled network, what timm is told to build in place of its own plain one (see zoo.registration).
 DECOUPLED = "decoupled"
@@ -107,24 +112,33 @@ class ModelSpec:
         model.spec = dataclasses.replace(model.spec, layer_settings=self.layer_settings)
         return model
 
-    def bytes_of_weights(self) -> int | None:
-        """Return how much memory the plain network's weights take, which are not made for that.
-
-        None for networks of timm that look at numbers while they are built.
+    def check_size(self, largest: int) -> None:
+        """Refuse a network that is too large, without making its weights.
 
         Raises:
-            ValueError, TypeError: as :meth:`build`.
+            ValueError: its parameters take more than ``largest`` bytes, or there are more than ``MOST_PARAMETERS``; or
+                what :func:`build` refuses.
+            TypeError: as :func:`build`.
         """
+        total = number = 0
+        thread = threading.get_ident()
+
+        def count(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+            nonlocal total, number
+            if parameter is not None and threading.get_ident() == thread:
+                total, number = total + parameter.nbytes, number + 1
+                if total > largest or number > MOST_PARAMETERS:
+                    raise ValueError(f"it takes more than {largest:,} bytes or {MOST_PARAMETERS} tensors")
+
+        # While it is built, for one of a billion layers would never be.
+        hook = register_module_parameter_registration_hook(count)
         try:
             with torch.device("meta"):
-                network = _build_network(
+                _build_network(
                     self.architecture, len(self.class_names), self.in_chans, self.input_size, dict(self.model_args)
                 )
-        except (NotImplementedError, RuntimeError):
-            if self.architecture in ARCHITECTURES:
-                raise
-            return None
-        return sum(tensor.nbytes for tensor in network.state_dict().values())
+        finally:
+            hook.remove()
 
 
 class ImageModel(nn.Module):

@@ -57,8 +57,9 @@ def publish(
         dry_run: only look whether the checkpoint is fit to be published, and return None.
 
     Raises:
-        ValueError: what :func:`missing` finds, or a repository that is public though ``private`` is asked for.
-        HubError: no permission, or the Hub cannot be reached or refuses.
+        ValueError: what :func:`missing` finds.
+        HubError: no permission; the Hub cannot be reached or refuses, as it does if another commit came meanwhile; or a
+            repository that is public though ``private`` is asked for.
     """
     folder = find(where)
     if problems := missing(folder):
@@ -67,7 +68,7 @@ def publish(
         return None
     try:
         return _send(folder, repository, private, revision)
-    except ValueError:
+    except HubError:
         raise
     # The client, and what it is made of, have no error in common.
     except Exception as error:
@@ -78,11 +79,13 @@ def _send(folder: Path, repository: str, private: bool, revision: str | None) ->
     api = HfApi()
     api.create_repo(repository, private=private or None, exist_ok=True)
     if private and not api.model_info(repository).private:
-        raise ValueError(f"{repository} is there, and public; make it private on its page, or leave out private")
+        raise HubError(f"{repository} is there, and public; make it private on its page, or leave out private")
     if revision is not None:
         api.create_branch(repository, branch=revision, exist_ok=True)
     files = [CommitOperationAdd(path_in_repo=file, path_or_fileobj=folder / file) for file in FILES]
-    return api.create_commit(repository, files, commit_message=f"Publish {folder.name}", revision=revision).oid
+    # On top of what is there now: files that it has already are left out of a commit.
+    settings = {"revision": revision, "parent_commit": api.model_info(repository, revision=revision).sha}
+    return api.create_commit(repository, files, commit_message=f"Publish {folder.name}", **settings).oid
 
 
 def _explanation(repository: str, error: Exception) -> str:

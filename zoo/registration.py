@@ -15,7 +15,7 @@ from typing import Any
 import timm
 from torch import nn
 
-from zoo.checkpoints import find, load, load_untrained, read_config
+from zoo.checkpoints import HUB, find, load, load_untrained, read_config
 from zoo.models import ARCHITECTURES, DECOUPLED
 
 
@@ -51,7 +51,7 @@ def entry_point(name: str, function: Callable[..., nn.Module]) -> Callable[..., 
         source = pretrained_cfg.get("source") if isinstance(pretrained_cfg, Mapping) else None
         if source == "hf-hub":
             repository, _, revision = pretrained_cfg["hf_hub_id"].partition("@")
-            return create_trained(repository, revision or None, pretrained, arguments)
+            return create_trained(f"{HUB}{repository}", revision or None, pretrained, arguments)
         if source == "local-dir":
             return create_trained(Path(pretrained_cfg["file"]), None, pretrained, arguments)
         if pretrained:
@@ -75,7 +75,10 @@ def create_trained(
     Raises:
         TypeError: an argument that would build another network.
     """
-    config = read_config(find(where, revision=revision))
+    folder = find(where, revision=revision)
+    # Of one commit, though the branch may move meanwhile.
+    revision = folder.name if isinstance(where, str) else None
+    config = read_config(folder)
     held = {"in_chans": config["in_chans"], **config["model_args"]}
     create, legal = (load, ("num_classes", "in_chans")) if pretrained else (load_untrained, ("num_classes",))
     for argument, value in arguments.items():

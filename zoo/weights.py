@@ -15,7 +15,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from zoo.errors import CheckpointError
+from zoo.errors import CheckpointError, DamagedError
 
 # Larger headers are refused before they are parsed: a small file can name gigabytes of tensors.
 LARGEST_HEADER, MOST_TENSORS = 1 << 20, 5000
@@ -88,7 +88,7 @@ def read_into(network: nn.Module, path: Path, sha256: str, dtype: torch.dtype) -
         found = reader.sha256_of_all()
     # Damage explains every other problem.
     if found != sha256:
-        raise CheckpointError(
+        raise DamagedError(
             f"{path} has sha256 {found}, config.json says {sha256}: it is damaged or changed; fetch the checkpoint "
             "again"
         ) from problem
@@ -198,9 +198,10 @@ def _place(path: Path, name: str, entry: Any) -> tuple[int, int, tuple[int, ...]
     if isinstance(entry, dict) and entry.keys() == {"dtype", "shape", "data_offsets"}:
         shape, offsets = entry["shape"], entry["data_offsets"]
         numbers = isinstance(shape, list) and isinstance(offsets, list) and len(offsets) == 2
-        # A shape larger than any file would not fit into torch's numbers either.
+        # What is larger than any file would not fit into torch's numbers either, though a 0 may hide it.
         if numbers and all(type(value) is int and 0 <= value < 1 << 62 for value in [*shape, *offsets]):
-            if isinstance(entry["dtype"], str) and entry["dtype"] in DTYPES:
+            possible = math.prod(max(value, 1) for value in shape) < 1 << 62
+            if possible and isinstance(entry["dtype"], str) and entry["dtype"] in DTYPES:
                 return *offsets, tuple(shape), DTYPES[entry["dtype"]]
     raise _malformed(path, f"malformed header: {str(name)[:100]!r}")
 
