@@ -123,6 +123,9 @@ class Handler(BaseHTTPRequestHandler):
         url = urlsplit(self.path)
         self.route, self.query = url.path, parse_qs(url.query)
         hub.requests.append(f"{self.command} {self.route}")
+        if self.command == "POST" and not self.headers.get("Authorization"):
+            self.fail(401, "", "Invalid username or password.")
+            return
         if self._act_out_fault():
             return
         for method, pattern, answer in ROUTES:

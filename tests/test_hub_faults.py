@@ -54,6 +54,7 @@ def server(tmp_path, monkeypatch):
             monkeypatch.setattr(hub, name, PATIENCE)
         monkeypatch.setattr(hub, "LONGEST_WAIT", 1)
         monkeypatch.setattr(hub, "LEAST_BYTES_A_SECOND", 10_000_000)
+        monkeypatch.setenv("HF_TOKEN", "hf_anything")
         put(server, CONTENT)
         yield server
 
@@ -213,6 +214,15 @@ def test_a_bit_that_flips_in_the_cache_is_found_on_every_load_and_healed_by_one_
         assert not server.hub.requests
         loads()
         assert sum(request.startswith("GET") and request.endswith(file) for request in server.hub.requests) == 1
+        loads(local_files_only=True)
+
+
+def test_a_damaged_memory_of_a_branch_is_renewed(server):
+    loads()
+    for content in (b"\xb5", b"0" * 40):
+        (hub.fetch(REPOSITORY).parents[1] / "refs/main").write_bytes(content)
+        refuses("is not in the Hub's cache", local_files_only=True)
+        loads()
         loads(local_files_only=True)
 
 

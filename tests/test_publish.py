@@ -30,6 +30,7 @@ from tests.test_hub_faults import (
     run,
     run_words,
     server,
+    silence,
     status,
 )
 from tests.test_readme import BASH
@@ -75,14 +76,45 @@ def test_timm_loads_a_folder_with_its_operator_and_settings(tmp_path, architectu
         with pytest.warns(UserWarning, match="fresh classifier for 5 classes"):
             other = timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=5)
         assert other((images - model.mean) / model.std).shape == (2, 5)
+        with pytest.raises(ValueError, match="cache_dir is not for checkpoints"):
+            timm.create_model(f"local-dir:{folder}", pretrained=True, cache_dir="here")
         with pytest.raises(TypeError, match="net is built as its checkpoint says, so bogus=1 is refused"):
             timm.create_model(f"local-dir:{folder}", pretrained=True, bogus=1)
 
 
+@pytest.mark.parametrize("operator", ["conv", "tanh_cosine"])
+@pytest.mark.parametrize("architecture", ["resnet20", "test_resnet"])
+def test_timm_loads_no_damaged_weights(tmp_path, architecture, operator):
+    folder = zoo.save(zoo.build(architecture, operator, input_size=64).eval(), tmp_path / "net")
+    weights = bytearray((folder / WEIGHTS).read_bytes())
+    weights[-10] ^= 64
+    (folder / WEIGHTS).write_bytes(weights)
+    with pytest.raises(zoo.CheckpointError, match="has sha256 .*: it is damaged"):
+        timm.create_model(f"local-dir:{folder}", pretrained=True)
+
+
+def test_publishing_waits_for_no_one_for_ever(server, monkeypatch):
+    monkeypatch.setattr("zoo.publish.SECONDS_TO_PUBLISH", 1)
+    monkeypatch.setattr("zoo.publish.LEAST_BYTES_A_SECOND", 10_000_000)
+    server.hub.faults.append(Fault("POST", "/preupload/", silence))
+    with pytest.raises(zoo.HubError, match="did not take me/new in time"):
+        publish(NAME, "me/new")
+
+
+@pytest.mark.parametrize("repository", ["new", "me/new/er", "me/n w", "../new", "me/"])
+def test_a_repository_of_no_legal_name_is_refused_before_anything(server, repository):
+    server.hub.requests.clear()
+    with pytest.raises(ValueError, match="a repository is called owner/name"):
+        publish(NAME, repository, dry_run=True)
+    with pytest.raises(ValueError, match="nowhere/net is neither a folder nor one of cifar10_resnet20_conv"):
+        publish("nowhere/net", "me/new", dry_run=True)
+    assert not server.hub.requests
+
+
 def test_timm_lists_our_networks():
     assert "resnet20" in timm.list_models("*resnet20*")
-    with pytest.raises(ValueError, match="'decoupled' is built from its checkpoint alone"):
-        timm.create_model("decoupled")
+    with pytest.raises(ValueError, match="'decoupled_zoo' is built from its checkpoint alone"):
+        timm.create_model("decoupled_zoo")
 
 
 def test_publishing_the_same_again_makes_no_commit(server):

@@ -97,7 +97,7 @@ def load(
     try:
         model = _read(folder)
     except DamagedError as error:
-        if _repository(where, revision) is None:
+        if _repository(where, revision) is None or local_files_only or hub.constants.is_offline_mode():
             raise
         try:
             folder = find(where, **source, renew=True)

@@ -140,14 +140,19 @@ def _remember(folder: Path, revision: str) -> None:
             draft.replace(path)
 
 
-class _OutOfTime(Exception):
+class OutOfTime(Exception):
     """The Hub did not answer in the time that it was given."""
 
 
 def _cached(repository: str, revision: str | None) -> Path | None:
     """Return the folder that has what loading needs, of a commit or of what a branch was when it was last asked for."""
     # Unlike a download of local files only, this never asks the Hub for anything else.
-    paths = [huggingface_hub.try_to_load_from_cache(repository, file, revision=revision) for file in (CONFIG, WEIGHTS)]
+    try:
+        cached = huggingface_hub.try_to_load_from_cache
+        paths = [cached(repository, file, revision=revision) for file in (CONFIG, WEIGHTS)]
+    # What the cache remembers of a branch is damaged, or may not be read.
+    except (OSError, ValueError):
+        return None
     return Path(paths[0]).parent if all(isinstance(path, str) for path in paths) else None
 
 
@@ -163,26 +168,37 @@ def _describe(repository: str, revision: str | None) -> tuple[str, dict[str, int
 
 
 def _ask(what: str, seconds: float, function: Callable[..., Value], *arguments: object, **settings: object) -> Value:
-    """Call the Hub's client, again if the server is busy, and explain what goes wrong.
-
-    The client cannot be stopped. It works in a thread of its own, which is left to itself if it takes too long.
-    """
+    """Call the Hub's client, again if the server is busy, and explain what goes wrong."""
     deadline = time.monotonic() + seconds
     for attempt in range(RETRIES + 1):
-        future: Future[Value] = Future()
-        work = (contextvars.copy_context().run, _settle, future, function, arguments, settings)
-        threading.Thread(target=work[0], args=work[1:], daemon=True).start()
         try:
-            error = future.exception(max(0.0, deadline - time.monotonic()))
-        except TimeoutError:
-            error = _OutOfTime()
-        if error is None:
-            return future.result()
+            return in_time(deadline - time.monotonic(), function, *arguments, **settings)
+        # The client, and what it is made of, have no error in common.
+        except Exception as caught:
+            error = caught
         if attempt == RETRIES or status_of(error) not in BUSY:
             break
         asked = error.response.headers.get("Retry-After", "1")
         time.sleep(min(float(asked) if asked.isdecimal() else 1.0, LONGEST_WAIT))
     raise HubError(_explanation(what, error, seconds)) from error
+
+
+def in_time(seconds: float, function: Callable[..., Value], *arguments: object, **settings: object) -> Value:
+    """Return what a function returns in a thread of its own, or raise what it raises.
+
+    Raises:
+        OutOfTime: it takes longer. It cannot be stopped, and is left to itself.
+    """
+    future: Future[Value] = Future()
+    work = (_settle, future, function, arguments, settings)
+    threading.Thread(target=contextvars.copy_context().run, args=work, daemon=True).start()
+    try:
+        return future.result(max(0.0, seconds))
+    except TimeoutError:
+        # It may have raised one of its own.
+        if future.done():
+            raise
+        raise OutOfTime from None
 
 
 def _settle(
@@ -197,7 +213,7 @@ def _settle(
 
 def _explanation(what: str, error: BaseException, seconds: float) -> str:
     endpoint = constants.ENDPOINT
-    if isinstance(error, _OutOfTime):
+    if isinstance(error, OutOfTime):
         return f"{what}: {endpoint} did not send it within {seconds:.0f} s; try again, or look after the network"
     if isinstance(error, errors.RevisionNotFoundError):
         return f"{what}: the repository has no such revision; name a commit, branch or tag that it has"

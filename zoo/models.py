@@ -26,8 +26,9 @@ PLAIN = "conv"
 # Of a network that a checkpoint may describe.
 MOST_PARAMETERS = 5000
 
-# Of a decoupled network, what timm is told to build in place of its own plain one (see zoo.registration).
-DECOUPLED = "decoupled"
+# What timm is told to build in place of an architecture of its own, which it would load without our checks, and plain
+# (see zoo.registration).
+OF_TIMM = "decoupled_zoo"
 
 # The mean and standard deviation of ImageNet's pixels in [0, 1], for RGB images of which nothing else is known.
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -65,14 +66,14 @@ class ModelSpec:
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as plain values; the plain network's operator is ``"conv"``.
 
-        A decoupled architecture of timm is called ``"decoupled"``, and its own name is among ``model_args``: timm,
-        which reads the same fields, would build the plain one.
+        An architecture of timm is called ``"decoupled_zoo"``, and its own name is among ``model_args``: timm, which
+        reads the same fields, would build the plain one and believe whatever weights there are.
         """
         fields = {name: list(value) if isinstance(value, tuple) else value for name, value in vars(self).items()}
         if not self.layer_settings:
             del fields["layer_settings"]
-        if self.operator and self.architecture not in ARCHITECTURES:
-            fields["architecture"] = DECOUPLED
+        if self.architecture not in ARCHITECTURES:
+            fields["architecture"] = OF_TIMM
             fields["model_args"] = {"architecture": self.architecture, **self.model_args}
         return {**fields, "operator": self.operator.to_dict() if self.operator else PLAIN}
 
@@ -81,9 +82,9 @@ class ModelSpec:
         """Return the spec that :meth:`to_dict` described; further fields are ignored."""
         values = {field.name: fields[field.name] for field in dataclasses.fields(cls) if field.name != "layer_settings"}
         values["layer_settings"] = fields.get("layer_settings", {})
-        if values["architecture"] == DECOUPLED:
+        if values["architecture"] == OF_TIMM:
             values["model_args"] = dict(values["model_args"])
-            values["architecture"] = values["model_args"].pop("architecture", DECOUPLED)
+            values["architecture"] = values["model_args"].pop("architecture", OF_TIMM)
         values.update({name: tuple(values[name]) for name in ("class_names", "mean", "std")})
         operator = values["operator"]
         return cls(**{**values, "operator": None if operator == PLAIN else OperatorConfig.parse(operator)})

@@ -4,10 +4,13 @@ from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, HfApi, constants
 
-from zoo.checkpoints import find, read_config, verify
+from zoo.checkpoints import find, list_checkpoints, read_config, verify
 from zoo.errors import CheckpointError, HubError
-from zoo.hub import FILES, status_of
+from zoo.hub import FILES, LEAST_BYTES_A_SECOND, OutOfTime, in_time, is_repository, status_of
 from zoo.models import PLAIN, ModelSpec
+
+# The client alone would wait for ever.
+SECONDS_TO_PUBLISH = 120
 
 # What a reader needs to know of a training, by the names of config.json.
 OF_TRAINING = ("command", "commit", "hardware")
@@ -25,7 +28,12 @@ def missing(folder: Path) -> list[str]:
     except CheckpointError as error:
         return [str(error)]
     if not config["metrics"]:
-        problems.append("no accuracy with its data set, split and number of images (python -m zoo export measures it)")
+        problems.append(
+            "no accuracy with its data set, split and number of images; python -m zoo export measures it when it makes "
+            "the folder of a training"
+        )
+    if not all(0 <= metric["value"] <= 1 and metric["images"] > 0 for metric in config["metrics"]):
+        problems.append("an accuracy that is no share of at least one image")
     if config["licence"].strip() in ("", "not stated"):
         problems.append("the licence of the weights is not stated (--licence of python -m zoo export or convert)")
     told = config["training"]
@@ -46,8 +54,8 @@ def publish(
 ) -> str | None:
     """Put a checkpoint into a Hub repository, which is made if there is none, and return the commit.
 
-    All files travel in one commit, which comes after the upload: whatever fails, the repository is as it was. What the
-    repository has already makes no commit.
+    All files travel in one commit, which comes after the upload: whatever fails, the repository has what it had (one
+    that is new stays, empty). What it has already makes no commit.
 
     Args:
         where: the checkpoint's name or folder.
@@ -57,17 +65,22 @@ def publish(
         dry_run: only look whether the checkpoint is fit to be published, and return None.
 
     Raises:
-        ValueError: what :func:`missing` finds.
+        ValueError: what :func:`missing` finds, no such checkpoint, or no name of a repository.
         HubError: no permission; the Hub cannot be reached or refuses, as it does if another commit came meanwhile; or a
             repository that is public though ``private`` is asked for.
     """
-    folder = find(where)
+    if not is_repository(repository):
+        raise ValueError(f"a repository is called owner/name, in letters, digits, '.', '-' and '_'; got {repository!r}")
+    if not Path(where).is_dir() and where not in list_checkpoints():
+        raise ValueError(f"{where} is neither a folder nor one of {', '.join(list_checkpoints())}")
+    folder = find(where).resolve()
     if problems := missing(folder):
         raise ValueError("\n  ".join([f"{folder} is not published, for:", *problems]))
     if dry_run:
         return None
     try:
-        return _send(folder, repository, private, revision)
+        seconds = SECONDS_TO_PUBLISH + sum((folder / file).stat().st_size for file in FILES) / LEAST_BYTES_A_SECOND
+        return in_time(seconds, _send, folder, repository, private, revision)
     except HubError:
         raise
     # The client, and what it is made of, have no error in common.
@@ -89,6 +102,8 @@ def _send(folder: Path, repository: str, private: bool, revision: str | None) ->
 
 
 def _explanation(repository: str, error: Exception) -> str:
+    if isinstance(error, OutOfTime):
+        return f"the Hub at {constants.ENDPOINT} did not take {repository} in time; look after the network, try again"
     # What a thread of the client met is the cause of what the client says.
     if {status_of(error), status_of(error.__cause__)} & {401, 403}:
         return f"{repository} is misspelt or not yours to write: log in with a token that may (hf auth login)"

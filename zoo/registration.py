@@ -16,23 +16,23 @@ import timm
 from torch import nn
 
 from zoo.checkpoints import HUB, find, load, load_untrained, read_config
-from zoo.models import ARCHITECTURES, DECOUPLED
+from zoo.models import ARCHITECTURES, OF_TIMM
 
 
 def register() -> None:
     """Make our names known to timm."""
-    for name, function in {**ARCHITECTURES, DECOUPLED: decoupled}.items():
+    for name, function in {**ARCHITECTURES, OF_TIMM: of_timm}.items():
         timm.models.register_model(entry_point(name, function))
 
 
-def decoupled(**arguments: Any) -> nn.Module:
-    """Stand for a decoupled architecture of timm, which only its checkpoint describes.
+def of_timm(**arguments: Any) -> nn.Module:
+    """Stand for an architecture of timm, which only its checkpoint describes.
 
     Raises:
         ValueError: always.
     """
     raise ValueError(
-        f"{DECOUPLED!r} is built from its checkpoint alone: timm.create_model('hf-hub:owner/name' or "
+        f"{OF_TIMM!r} is built from its checkpoint alone: timm.create_model('hf-hub:owner/name' or "
         "'local-dir:FOLDER'); to decouple a network of timm, use operators.convert_decoupled"
     )
 
@@ -49,6 +49,8 @@ def entry_point(name: str, function: Callable[..., nn.Module]) -> Callable[..., 
         **arguments: Any,
     ) -> nn.Module:
         source = pretrained_cfg.get("source") if isinstance(pretrained_cfg, Mapping) else None
+        if source and cache_dir is not None:
+            raise ValueError("cache_dir is not for checkpoints of the zoo: HF_HUB_CACHE names the Hub's cache")
         if source == "hf-hub":
             repository, _, revision = pretrained_cfg["hf_hub_id"].partition("@")
             return create_trained(f"{HUB}{repository}", revision or None, pretrained, arguments)
