@@ -109,7 +109,9 @@ VALUES = st.recursive(
     | st.integers(-3, 40)
     | st.floats()
     | st.text(max_size=12)
-    | st.sampled_from(["resnet20", "cnn6", "resnet50", "decoupled_zoo", "conv", "tanh_cosine", "operator", "pretrained"]),
+    | st.sampled_from(
+        ["resnet20", "cnn6", "resnet50", "decoupled_zoo", "conv", "tanh_cosine", "operator", "pretrained"]
+    ),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
     max_leaves=8,
 )

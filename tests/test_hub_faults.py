@@ -328,6 +328,9 @@ def test_what_is_wrong_in_the_repository_is_named_and_never_loaded(server, case)
 def test_a_repository_or_revision_that_does_not_exist_is_told(server):
     with pytest.raises(zoo.HubError, match="me/nothing: .* shows no such repository. Its name is " + REFUSED):
         zoo.load("me/nothing")
+    for revision in ("", 3):
+        with pytest.raises(ValueError, match=f"revision is the name of a commit, branch or tag, got {revision!r}"):
+            zoo.load(REPOSITORY, revision=revision)
     refuses("at nowhere: the repository has no such revision; name a commit, branch or tag", revision="nowhere")
     refuses("at 0{40}: the repository has no such revision", revision="0" * 40)
     with pytest.raises(ValueError, match="no checkpoint folder me/../../etc/passwd; check the path"):
@@ -470,6 +473,13 @@ def test_a_full_disk_is_told_and_leaves_nothing_that_is_believed(server, tmp_pat
     assert process.returncode == 1, printed
     assert re.search("HubError: model.safetensors of me/.* cannot be written into the Hub's cache", printed), printed
     loads()
+
+
+def test_a_cache_that_has_everything_serves_where_nothing_can_be_written(server, tmp_path):
+    loads()
+    limited = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0)); "
+    printed = run(limited + LOAD, server, tmp_path / "cache").communicate(timeout=120)[0]
+    assert float(printed.splitlines()[-1]) == pytest.approx(TOTAL, rel=1e-6), printed
 
 
 def test_no_loading_path_runs_code_from_a_checkpoint():

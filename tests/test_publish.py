@@ -76,6 +76,8 @@ def test_timm_loads_a_folder_with_its_operator_and_settings(tmp_path, architectu
         with pytest.warns(UserWarning, match="fresh classifier for 5 classes"):
             other = timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=5)
         assert other((images - model.mean) / model.std).shape == (2, 5)
+        features = timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=0)
+        assert features((images - model.mean) / model.std).shape == (2, network.num_features)
         with pytest.raises(ValueError, match="cache_dir is not for checkpoints"):
             timm.create_model(f"local-dir:{folder}", pretrained=True, cache_dir="here")
         with pytest.raises(TypeError, match="net is built as its checkpoint says, so bogus=1 is refused"):

@@ -107,11 +107,11 @@ def load(
     if in_chans not in (None, model.spec.in_chans):
         if in_chans < 1:
             raise ValueError(f"in_chans must be at least 1, got {in_chans}")
-        warnings.warn(f"{folder.name} now takes {in_chans} channels, not {model.spec.in_chans}", stacklevel=2)
+        warnings.warn(f"{os.fspath(where)} now takes {in_chans} channels, not {model.spec.in_chans}", stacklevel=2)
         model = _with_channels(model, in_chans)
     if num_classes not in (None, len(model.class_names)):
         model.reset_classifier([str(label) for label in range(num_classes)])
-        warnings.warn(f"{folder.name} has a fresh classifier for {num_classes} classes: train it", stacklevel=2)
+        warnings.warn(f"{os.fspath(where)} has a fresh classifier for {num_classes} classes: train it", stacklevel=2)
     return model.to(device)
 
 
@@ -142,7 +142,7 @@ def save(
     *,
     metrics: Sequence[Metric] = (),
     training: Mapping[str, Any] | None = None,
-    licence: str = "MIT",
+    licence: str = "not stated",
     precision: str = "float32",
     overwrite: bool = False,
 ) -> Path:

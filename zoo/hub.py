@@ -61,8 +61,11 @@ def fetch(repository: str, *, revision: str | None = None, local_files_only: boo
         renew: download every file again.
 
     Raises:
+        ValueError: a ``revision`` that is no name.
         HubError: no such repository, revision or file, no permission, no answer in time, or no room for the files.
     """
+    if revision is not None and (not isinstance(revision, str) or not revision):
+        raise ValueError(f"revision is the name of a commit, branch or tag, got {revision!r}")
     what = f"{repository} at {revision}" if revision else repository
     cached = _cached(repository, revision)
     offline = local_files_only or constants.is_offline_mode()
