@@ -100,7 +100,7 @@ def main() -> None:
         model = zoo.build("resnet20", "tanh_cosine", input_size=32, widths=WIDTHS).eval()
         metric = zoo.Metric("accuracy", 0.1, "noise", "test", 1)
         folder = Path(scratch) / "noise_resnet20_tanh_cosine"
-        zoo.save(model, folder, metrics=[metric], training=told)
+        zoo.save(model, folder, metrics=[metric], training=told, licence="CC0-1.0")
         environment = {
             "HF_ENDPOINT": server.url,
             "HF_HUB_DISABLE_XET": "1",

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import constants
 from torch import Tensor, nn
 
 from operators.lookup import look_up, unknown_name
@@ -97,7 +98,7 @@ def load(
     try:
         model = _read(folder)
     except DamagedError as error:
-        if _repository(where, revision) is None or local_files_only or hub.constants.is_offline_mode():
+        if _repository(where, revision) is None or local_files_only or constants.is_offline_mode():
             raise
         try:
             folder = find(where, **source, renew=True)

@@ -88,9 +88,11 @@ def create_trained(
             raise TypeError(f"{config['name']} is built as its checkpoint says, so {argument}={value!r} is refused")
     settings = {argument: value for argument, value in arguments.items() if argument in legal}
     # To timm, no class means that the features are wanted.
-    features = settings.get("num_classes") == 0 and not settings.pop("num_classes")
+    features_alone = settings.get("num_classes") == 0
+    if features_alone:
+        del settings["num_classes"]
     network = create(where, revision=revision, **settings).network
-    if features:
+    if features_alone:
         network.reset_classifier(0)
     network.pretrained_cfg = network.default_cfg = config.get("pretrained_cfg", {})
     return network
