@@ -60,7 +60,7 @@ def main() -> None:
     for names in families().values():
         for name, numbers in speeds(names, parsed.batch, parsed.rounds, parsed.device).items():
             machine = measure.describe(parsed.device, parsed.threads)
-            zoo.record_speed(name, {**numbers, "batch": parsed.batch, "rounds": parsed.rounds, **machine})
+            zoo.record(name, speed={**numbers, "batch": parsed.batch, "rounds": parsed.rounds, **machine})
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """How long loading and publishing take, and how much memory loading needs: python -m benchmarks.loading
 
 Embedded checkpoints, a commit in a warm cache of the Hub, and a folder of 20 MB on its way to a Hub on loopback
-(tests.hub_server). Writes results/loading.json and the table in docs/checkpoints.md.
+(tests.hub_server); how long until a Hub that refuses or hangs is given up. Writes results/loading.json and the table
+in docs/checkpoints.md.
 """
 
 import argparse
@@ -17,9 +18,10 @@ from pathlib import Path
 import zoo
 from benchmarks import measure
 from benchmarks.report import DOCS, read
-from tests.hub_server import serving
+from tests.hub_server import Fault, drip, serving, silence, status
 from zoo.cards import markdown_table
 from zoo.checkpoints import write_whole
+from zoo.hub import WEIGHTS
 from zoo.reports import filled
 
 OUTPUT = measure.RESULTS / "loading.json"
@@ -81,6 +83,27 @@ print(time.perf_counter() - began)
 """
 
 
+REFUSED = """
+import time, zoo
+zoo.load({small!r})
+began = time.perf_counter()
+try:
+    zoo.load("me/noise")
+except zoo.HubError:
+    print(time.perf_counter() - began)
+"""
+
+# Longer than we wait for anything.
+LONG = 60
+FAULTS = {
+    "refused with 401": ("GET", "/api/models", status(401)),
+    "refused with 503": ("GET", "/api/models", status(503)),
+    "no description": ("GET", "/api/models", silence(LONG)),
+    "no answer to a HEAD": ("HEAD", WEIGHTS, silence(LONG)),
+    "weights at ten bytes a second": ("GET", WEIGHTS, drip(LONG)),
+}
+
+
 def table() -> str:
     """Return what was measured last, in Markdown."""
     record = read(OUTPUT.name)
@@ -118,6 +141,12 @@ def main() -> None:
         server.hub.requests.clear()
         rows["loading its commit from the warm cache, s"] = in_process(code, **environment)
         rows["requests made for that"] = len(server.hub.requests)
+        code = REFUSED.format(small=EMBEDDED[0])
+        for number, (what, (method, path, act)) in enumerate(FAULTS.items()):
+            server.hub.faults[:] = [Fault(method, path, act)]
+            rows[f"until the error, {what}, s"] = in_process(code, **{**environment, "HF_HOME": f"{scratch}/{number}"})
+    environment["HF_HOME"] = f"{scratch}/gone"
+    rows["until the error, no server, s"] = in_process(code, **environment)
     measure.write({**measure.describe("cpu", os.cpu_count()), "rows": rows}, OUTPUT)
     write_whole(PAGE, filled(PAGE.read_text(encoding="utf-8"), {"loading": table()}))
     print(f"written: {PAGE}\n\n{table()}")

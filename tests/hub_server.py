@@ -283,12 +283,21 @@ def resolve(handler: Handler, name: str, revision: str, path: str) -> None:
     file = hub.files(name, commit).get(path)
     if file is None:
         handler.fail(404, "EntryNotFound", "Entry not found", X_Repo_Commit=commit)
-        return
-    send_file(handler, hub.blob(file["sha256"]).read_bytes(), commit, file["git"] or file["sha256"])
+    elif file["git"]:
+        send_file(handler, hub.blob(file["sha256"]).read_bytes(), file["git"], X_Repo_Commit=commit)
+    else:
+        # Large files come from another host, which knows nothing of repositories.
+        linked = {"X_Linked_ETag": f'"{file["sha256"]}"', "X_Linked_Size": file["size"]}
+        place = f"http://localhost:{handler.server.server_port}/cdn/{file['sha256']}/{path}"
+        handler.answer(302, b"", Location=place, X_Repo_Commit=commit, **linked)
 
 
-def send_file(handler: Handler, data: bytes, commit: str, etag: str) -> None:
-    headers = {"X_Repo_Commit": commit, "ETag": f'"{etag}"', "Accept_Ranges": "bytes"}
+def send_large(handler: Handler, sha256: str, path: str) -> None:
+    send_file(handler, handler.server.hub.blob(sha256).read_bytes(), "of-the-storage")
+
+
+def send_file(handler: Handler, data: bytes, etag: str, **more: str) -> None:
+    headers = {"ETag": f'"{etag}"', "Accept_Ranges": "bytes", **more}
     asked = re.fullmatch(r"bytes=(\d+)-(\d*)", handler.headers.get("Range", ""))
     if not asked:
         handler.answer(200, data, **headers)
@@ -309,7 +318,32 @@ ROUTES: list[tuple[str, str, Callable[..., None]]] = [
     ("GET", f"/api/models/{REPOSITORY}/revision/{REVISION}", describe),
     ("GET", f"/api/models/{REPOSITORY}", describe),
     ("GET", f"/{REPOSITORY}/resolve/([^/]+)/(.+)", resolve),
+    ("GET", "/cdn/([0-9a-f]{64})/(.+)", send_large),
 ]
+
+
+def status(code: int, **headers: object) -> Callable[[Handler], None]:
+    """Return a fault: the answer has this status."""
+    return lambda handler: handler.fail(code, "", "out of order", **headers)
+
+
+def silence(seconds: float) -> Callable[[Handler], None]:
+    """Return a fault: no answer for so long."""
+    return lambda _: time.sleep(seconds)
+
+
+def drip(seconds: float) -> Callable[[Handler], None]:
+    """Return a fault: for so long, ten bytes a second."""
+
+    def act(handler: Handler) -> None:
+        handler.send_response(200)
+        handler.send_header("Content-Length", "1000000")
+        handler.end_headers()
+        for _ in range(round(10 * seconds)):
+            handler.wfile.write(b" ")
+            time.sleep(0.1)
+
+    return act
 
 
 class Server(ThreadingHTTPServer):

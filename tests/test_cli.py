@@ -333,6 +333,42 @@ def test_fine_tuning_on_photographs_then_predicting_without_them(run, monkeypatc
     assert run("verify", "--accuracy", "--root=gone", f"./{name}", "digits_cnn6_conv", main=command_line.main)[0] == 0
 
 
+def test_measure_records_the_accuracy_of_a_folder(run, tmp_path):
+    folder = zoo.save(zoo.load("digits_cnn6_conv"), tmp_path / "digits_cnn6_conv", licence="CC-BY-4.0")
+    status, printed, _ = run("verify", folder, "--accuracy", main=command_line.main)
+    assert status == 1 and "zoo measure" in printed + _
+    status, printed, errors = run("measure", folder, "--data", "Digits", main=command_line.main)
+    assert status == 0, errors
+    config = json.loads((folder / "config.json").read_text())
+    assert config["metrics"] == json.loads((PRETRAINED / "digits_cnn6_conv/config.json").read_text())["metrics"]
+    assert "accuracy 1.0000 on Digits, test split, 360 images" in printed and "measured_on" in config
+    status, printed, errors = run("verify", folder, "--accuracy", main=command_line.main)
+    assert status == 0 and "as recorded" in printed, errors
+    assert "trained on" not in (folder / "README.md").read_text()
+    for label in range(10):
+        for split in ("train", "val"):
+            (tmp_path / f"images/{split}/{label}").mkdir(parents=True)
+            Image.new("L", (9, 9), 20 * label).save(tmp_path / f"images/{split}/{label}/0.png")
+    status, printed, errors = run("measure", folder, "--root", "images", main=command_line.main)
+    assert status == 0 and "on images, val split, 10 images" in printed, errors
+    assert json.loads((folder / "config.json").read_text())["measured_on"]["arguments"]["root"] == "images"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["digits_cnn6_conv"], "no folder is recorded for the images (ImageFolder): name it (--root FOLDER)"),
+        (["digits_cnn6_conv", "--data", "Digit"], "unknown data set 'Digit'. Did you mean 'Digits'"),
+        (["digits_cnn6_conv", "--data", "Digits", "--title", "mine"], "--title is that of an ImageFolder"),
+        (["cifar10_resnet20_conv", "--data", "Digits"], "class_names"),
+        (["nowhere", "--data", "Digits"], "unknown checkpoint 'nowhere'"),
+    ],
+)
+def test_measure_refuses_what_does_not_fit_in_words(run, words, message):
+    status, _, errors = run("measure", *words, main=command_line.main)
+    assert status not in (0, None) and message in errors + str(status)
+
+
 def test_export_writes_a_folder_that_load_and_verify_take(run):
     path = fit(run, "--model.operator.name=seg_linear", "--model.operator.radius_mode=learned")
     export = ["export", path, "digits_cnn6_seg_linear", "--to", "published"]

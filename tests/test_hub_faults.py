@@ -23,7 +23,7 @@ import safetensors.torch
 import torch
 
 import zoo
-from tests.hub_server import Fault, Handler, Server, serving
+from tests.hub_server import Fault, Handler, Server, drip, serving, silence, status
 from zoo import hub
 from zoo.checkpoints import PRETRAINED
 from zoo.hub import CARD, CONFIG, FILES, WEIGHTS
@@ -50,10 +50,9 @@ def server(tmp_path, monkeypatch):
             "HF_HUB_DISABLE_XET": True,
         }.items():
             monkeypatch.setattr(huggingface_hub.constants, name, value)
-        for name in ("SECONDS_TO_ANSWER", "SECONDS_A_FILE"):
+        for name in ("SECONDS_TO_ANSWER", "SECONDS_A_PIECE"):
             monkeypatch.setattr(hub, name, PATIENCE)
         monkeypatch.setattr(hub, "LONGEST_WAIT", 1)
-        monkeypatch.setattr(hub, "LEAST_BYTES_A_SECOND", 10_000_000)
         monkeypatch.setenv("HF_TOKEN", "hf_anything")
         put(server, CONTENT)
         yield server
@@ -109,23 +108,6 @@ def flipped(data: bytes, place: int = -100) -> bytes:
     return bytes(changed)
 
 
-def status(code: int, **headers):
-    return lambda handler: handler.fail(code, "", "out of order", **headers)
-
-
-def silence(handler: Handler) -> None:
-    time.sleep(4 * PATIENCE)
-
-
-def drip(handler: Handler) -> None:
-    handler.send_response(200)
-    handler.send_header("Content-Length", "1000000")
-    handler.end_headers()
-    for _ in range(40 * PATIENCE):
-        handler.wfile.write(b" ")
-        time.sleep(0.1)
-
-
 def page(handler: Handler) -> None:
     handler.answer(200, b"<html>")
 
@@ -166,10 +148,10 @@ ALWAYS = {
     "500": (status(500), "GET", WEIGHTS, "model.safetensors of me/.* cannot be had from http.*500"),
     "503 for all": (status(503), "GET", "", "cannot be had from http.*503"),
     "429 for all": (status(429, Retry_After=86400), "GET", "/api/models", "cannot be had from http.*429"),
-    "no answer to a HEAD": (silence, "HEAD", WEIGHTS, "did not send it within .* s; try again"),
-    "no answer at all": (silence, "GET", "/api/models", "cannot be had from|did not send it within"),
-    "slow drip": (drip, "GET", WEIGHTS, "did not send it within"),
-    "slow drip of the description": (drip, "GET", "/api/models", "did not send it within"),
+    "no answer to a HEAD": (silence(4 * PATIENCE), "HEAD", WEIGHTS, "sent nothing for .* s; try again"),
+    "no answer at all": (silence(4 * PATIENCE), "GET", "/api/models", "cannot be had from|sent nothing for"),
+    "slow drip": (drip(4 * PATIENCE), "GET", WEIGHTS, "sent nothing for"),
+    "slow drip of the description": (drip(4 * PATIENCE), "GET", "/api/models", "sent nothing for"),
     "the connection is dropped": (hang_up, "GET", WEIGHTS, "model.safetensors of me/"),
     "HTML in place of the weights": (page, "GET", WEIGHTS, "model.safetensors of me/.* cannot be had"),
     "HTML in place of everything": (page, "GET", "", "cannot be had"),
@@ -197,11 +179,32 @@ def test_a_dropped_connection_is_resumed(server, tmp_path):
     folder = zoo.save(large, tmp_path / NAME)
     put(server, {file: (folder / file).read_bytes() for file in FILES})
     ranges = []
-    # The client keeps what it has in pieces of 10 MB.
+    # The client keeps what it has in pieces of 1 MiB.
     server.hub.faults.append(Fault("GET", WEIGHTS, body(lambda data: data[:12_000_000]), times=1))
     server.hub.faults.append(Fault("GET", WEIGHTS, lambda handler: ranges.append(handler.headers["Range"]) or True))
     assert torch.equal(zoo.load(REPOSITORY)(IMAGES), large(IMAGES))
-    assert ranges == [f"bytes={10 * 2**20}-"]
+    assert ranges == [f"bytes={11 * 2**20}-"]
+
+
+def test_a_slow_download_is_waited_for_as_long_as_it_goes_on(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(hub, "SECONDS_A_PIECE", 1)
+    large = zoo.build("resnet20", "tanh_cosine", in_chans=1, input_size=8, widths=(32, 64, 128)).eval()
+    folder = zoo.save(large, tmp_path / NAME)
+    put(server, {file: (folder / file).read_bytes() for file in FILES})
+
+    def slow(handler: Handler) -> None:
+        data = (folder / WEIGHTS).read_bytes()
+        handler.send_response(200)
+        handler.send_header("Content-Length", str(len(data)))
+        handler.end_headers()
+        for start in range(0, len(data), 2**20):
+            handler.wfile.write(data[start : start + 2**20])
+            time.sleep(0.6)
+
+    server.hub.faults.append(Fault("GET", WEIGHTS, slow, times=1))
+    began = time.monotonic()
+    assert torch.equal(zoo.load(REPOSITORY)(IMAGES), large(IMAGES))
+    assert time.monotonic() - began > 2
 
 
 def test_a_bit_that_flips_in_the_cache_is_found_on_every_load_and_healed_by_one_request(server):
@@ -486,3 +489,29 @@ def test_no_loading_path_runs_code_from_a_checkpoint():
     runs_code = r"pickle|(?<!safetensors\.)torch\.load\b|trust_remote_code|(?<!\.)\b(eval|exec)\(|load_state_dict_from"
     for file in ("checkpoints", "hub", "models", "weights", "registration", "errors", "cards", "transforms"):
         assert not re.search(runs_code, (ROOT / "zoo" / f"{file}.py").read_text(encoding="utf-8")), file
+
+
+WATCHED = """
+import sys, timm, torch, zoo
+events = []
+sys.addaudithook(lambda event, _: events.append(event) if event == "pickle.find_class" else None)
+{code}
+print("unpickled:", len(events))
+"""
+
+
+@pytest.mark.parametrize(
+    ("code", "unpickles"),
+    [
+        ("zoo.load({repository!r}); zoo.load({folder!r}); zoo.load_untrained({repository!r})", False),
+        ("timm.create_model('hf-hub:' + {repository!r}, pretrained=True)", False),
+        ("timm.create_model('local-dir:' + {folder!r}, pretrained=True)", False),
+        ("torch.hub.load('.', 'checkpoint', {folder!r}, source='local')", False),
+        ("import pickle; pickle.loads(pickle.dumps(zoo.Metric))", True),
+    ],
+)
+def test_nothing_is_unpickled_while_a_checkpoint_is_loaded(server, tmp_path, code, unpickles):
+    code = code.format(repository=REPOSITORY, folder=str(PRETRAINED / NAME))
+    printed = run(WATCHED.format(code=code), server, tmp_path / "other").communicate(timeout=120)[0]
+    found = re.fullmatch(r"unpickled: (\d+)", printed.splitlines()[-1])
+    assert found and (int(found[1]) > 0) == unpickles, printed

@@ -15,7 +15,7 @@ from huggingface_hub import ModelCard
 import zoo
 from benchmarks import loading
 from operators import DecoupledConv2d
-from tests.hub_server import Fault
+from tests.hub_server import Fault, silence, status
 from tests.test_hub_faults import (
     CONTENT,
     EXPECTED,
@@ -30,8 +30,6 @@ from tests.test_hub_faults import (
     run,
     run_words,
     server,
-    silence,
-    status,
 )
 from tests.test_readme import BASH
 from zoo import __main__ as command_line
@@ -98,7 +96,7 @@ def test_timm_loads_no_damaged_weights(tmp_path, architecture, operator):
 def test_publishing_waits_for_no_one_for_ever(server, monkeypatch):
     monkeypatch.setattr("zoo.publish.SECONDS_TO_PUBLISH", 1)
     monkeypatch.setattr("zoo.publish.LEAST_BYTES_A_SECOND", 10_000_000)
-    server.hub.faults.append(Fault("POST", "/preupload/", silence))
+    server.hub.faults.append(Fault("POST", "/preupload/", silence(60)))
     with pytest.raises(zoo.HubError, match="did not take me/new in time"):
         publish(NAME, "me/new")
 
@@ -225,7 +223,7 @@ def test_the_command_prints_the_commit_and_a_dry_run_asks_nobody(server, monkeyp
 
     server.hub.requests.clear()
     assert command("--dry-run") == f"{NAME} is fit to be published\n" and not server.hub.requests
-    commit = re.fullmatch(r"published; to load it: zoo.load\('me/new', revision='(.*)'\)\n", command())[1]
+    commit = re.fullmatch(r"me/new has it; to load it: zoo.load\('me/new', revision='(.*)'\)\n", command())[1]
     assert commit == server.hub.find("me/new", "main")
 
 

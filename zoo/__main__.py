@@ -7,7 +7,7 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -23,8 +23,8 @@ from zoo.cards import model_card
 from zoo.checkpoints import CARD, PRETRAINED, read_config, write_whole
 from zoo.classifier import CALIBRATION_IMAGES, origin
 from zoo.cli import interrupted, readable_errors
-from zoo.data import Digits, sample_files
-from zoo.export import check_absent, check_name, export, recorded_data
+from zoo.data import DATA, Digits, sample_files
+from zoo.export import check_absent, check_name, export, measure, measured_data, recorded_data
 from zoo.models import PLAIN
 from zoo.plots import plot_operators, plot_predictions
 from zoo.publish import publish
@@ -94,6 +94,14 @@ def main() -> None:
     command.add_argument("--to", type=Path, default=OUTPUTS, help="parent of the new folder (default: %(default)s)")
     command.add_argument("--overwrite", action="store_true", help="replace a folder that exists")
     command.set_defaults(function=convert_checkpoint)
+
+    command = commands.add_parser("measure", help="measure a checkpoint folder's accuracy, e.g. of a converted one")
+    command.description = "Measure a checkpoint on validation and test images, and record it in its config and card."
+    command.add_argument("name", help="the checkpoint's folder or name")
+    command.add_argument("--data", default="ImageFolder", help=f"one of {', '.join(DATA)} (default: %(default)s)")
+    command.add_argument("--root", help="the folder of the images")
+    command.add_argument("--title", help="of an ImageFolder, as shown beside the numbers; by default its folder's name")
+    command.set_defaults(function=measure_checkpoint)
 
     command = commands.add_parser("publish", help="put a checkpoint into a repository of the Hugging Face Hub")
     command.description = "Check a checkpoint, put it into a Hub repository in one commit, and print the commit to pin."
@@ -181,11 +189,9 @@ def _found(name: str, accuracy: bool) -> str:
 
 def _recorded_batches(name: str, root: str | None) -> tuple[Iterator[tuple[Tensor, Tensor]], str]:
     """Return the images that a checkpoint was measured on last, and the name of their split."""
-    config = read_config(zoo.find(name))
-    if "data" not in config["training"] or not config["metrics"]:
-        raise ValueError(f"{name} does not record what was measured on which data, so it cannot be checked")
-    split = config["metrics"][-1]["split"]
-    return recorded_data(config["training"]["data"], root).evaluation_batches(split), split
+    data = measured_data(name, root)
+    split = read_config(zoo.find(name))["metrics"][-1]["split"]
+    return data.evaluation_batches(split), split
 
 
 def write_cards(arguments: argparse.Namespace) -> None:
@@ -200,9 +206,13 @@ def export_checkpoint(arguments: argparse.Namespace) -> None:
     precision = "float16" if arguments.half else "float32"
     settings = {"root": arguments.root, "licence": arguments.licence, "precision": precision}
     settings["overwrite"] = arguments.overwrite
-    for metric in export(arguments.checkpoint, folder, **settings):
-        print(f"accuracy {metric.value:.4f} on {metric.dataset}, {metric.split} split, {metric.images:,} images")
+    show_metrics(export(arguments.checkpoint, folder, **settings))
     print(f"written: {folder}")
+
+
+def show_metrics(metrics: Iterable[zoo.Metric]) -> None:
+    for metric in metrics:
+        print(f"accuracy {metric.value:.4f} on {metric.dataset}, {metric.split} split, {metric.images:,} images")
 
 
 def convert_checkpoint(arguments: argparse.Namespace) -> None:
@@ -251,13 +261,25 @@ def read_classes(path: Path, count: int) -> list[str]:
     return names
 
 
+def measure_checkpoint(arguments: argparse.Namespace) -> None:
+    settings = {}
+    if arguments.data == "ImageFolder":
+        spec = zoo.load(arguments.name).spec
+        settings = {"input_size": spec.input_size, "in_chans": spec.in_chans, "title": arguments.title}
+    elif arguments.title:
+        raise ValueError(f"--title is that of an ImageFolder; {arguments.data} has its own")
+    data = recorded_data({"name": arguments.data, "arguments": settings}, arguments.root)
+    show_metrics(measure(arguments.name, data))
+    print(f"recorded: {zoo.find(arguments.name)}")
+
+
 def publish_checkpoint(arguments: argparse.Namespace) -> None:
     settings = {"private": arguments.private, "revision": arguments.revision, "dry_run": arguments.dry_run}
     commit = publish(arguments.name, arguments.repo_id, **settings)
     if commit is None:
         print(f"{arguments.name} is fit to be published")
     else:
-        print(f"published; to load it: zoo.load({arguments.repo_id!r}, revision={commit!r})")
+        print(f"{arguments.repo_id} has it; to load it: zoo.load({arguments.repo_id!r}, revision={commit!r})")
 
 
 def checkpoint_name(text: str) -> str:

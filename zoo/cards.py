@@ -35,11 +35,14 @@ def model_card(config: Mapping[str, Any]) -> str:
         "",
         "import zoo",
         "",
-        "# The folder or Hub repository of this card; for one that zoo.list_checkpoints() names, its name will do.",
+        '# Of a Hub repository: "owner/name"; for one that zoo.list_checkpoints() names, its name will do.',
         f'model = zoo.load("path/to/{name}")',
         'image = model.transform(Image.open("image.png"))',
         "probabilities = model(image[None]).softmax(1)[0]",
         "```",
+        "",
+        "`zoo` is that of decoupled-zoo. After `import zoo`, timm loads a Hub repository, too: "
+        '`timm.create_model("hf-hub:owner/name", pretrained=True)`, whose images have to be normalised.',
         "",
     ]
     facts = [
@@ -71,7 +74,7 @@ def model_card(config: Mapping[str, Any]) -> str:
         ("sha256 of `model.safetensors`", f"`{config['sha256']}`"),
     ]
     lines.append(markdown_table(("", ""), facts))
-    if config["metrics"]:
+    if config["metrics"] and "data" in config["training"] and "measured_on" not in config:
         data = " and ".join(sorted({metric["dataset"] for metric in config["metrics"]}))
         lines += ["", f"The weights were trained on {data}, whose terms they follow: {config['licence']}."]
     if not plain:
@@ -85,12 +88,14 @@ def metadata(config: Mapping[str, Any], architecture: str, operator_name: str) -
     licence = config["licence"]
     # The Hub's identifiers are those of SPDX in small letters; anything else is "other", with a name.
     known = " " not in licence
-    data = config["training"].get("data", {})
-    dataset = HUB_DATASETS.get(data.get("name"))
+    trained_on = HUB_DATASETS.get(config["training"].get("data", {}).get("name"))
+    measured_on = config.get("measured_on") or config["training"].get("data", {})
+    # The Hub's name of any folder of images.
+    known_data = {**HUB_DATASETS, "ImageFolder": "imagefolder"}
     results = [
         EvalResult(
             task_type="image-classification",
-            dataset_type=dataset or data.get("name", metric["dataset"]),
+            dataset_type=known_data.get(measured_on.get("name"), metric["dataset"]),
             dataset_name=metric["dataset"],
             dataset_split=metric["split"],
             metric_type=metric["name"],
@@ -105,7 +110,7 @@ def metadata(config: Mapping[str, Any], architecture: str, operator_name: str) -
         library_name="decoupled-zoo",
         pipeline_tag="image-classification",
         tags=["image-classification", "decoupled-networks", "timm", architecture, operator_name],
-        datasets=[dataset] if dataset else None,
+        datasets=[trained_on] if trained_on else None,
         # The Hub wants a model's name beside results, and nowhere else.
         model_name=config["name"] if results else None,
         eval_results=results or None,
@@ -113,8 +118,10 @@ def metadata(config: Mapping[str, Any], architecture: str, operator_name: str) -
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Return a table in Markdown."""
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rows))
+    """Return a table in Markdown, in which bars and line breaks of the cells are no more than that."""
+    lines = (header, ["---"] * len(header), *rows)
+    escaped = ([" ".join(cell.replace("|", r"\|").split()) for cell in cells] for cells in lines)
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in escaped)
 
 
 def _names(names: Sequence[str]) -> str:

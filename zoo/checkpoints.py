@@ -34,6 +34,9 @@ PRETRAINED = Path(__file__).parent / "pretrained"
 # Names of checkpoints too large to embed, with the repository and the commit that have them.
 PUBLISHED = PRETRAINED / "published.json"
 
+# Fields of config.json that come after the weights.
+MEASURED = ("metrics", "measured_on", "speed")
+
 # Arguments of timm that fetch other weights; a checkpoint has its own.
 FOREIGN_SOURCES = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"}
 
@@ -98,7 +101,7 @@ def load(
     try:
         model = _read(folder)
     except DamagedError as error:
-        if _repository(where, revision) is None or local_files_only or constants.is_offline_mode():
+        if _repository(where, revision) is None or local_files_only or constants.HF_HUB_OFFLINE:
             raise
         try:
             folder = find(where, **source, renew=True)
@@ -197,18 +200,23 @@ def save(
     return folder
 
 
-def record_speed(where: str | os.PathLike[str], speed: Mapping[str, Any]) -> None:
-    """Write into a checkpoint's ``config.json`` and card how fast it is, as JSON-able values.
+def record(where: str | os.PathLike[str], **measured: Any) -> None:
+    """Write what was measured into a checkpoint's ``config.json`` and card, in place of what they said of it.
 
     Args:
-        speed: images a second and their ratio to the twin's, eager and compiled, and what they were measured on.
+        measured: by its name in ``MEASURED``, as JSON-able values: ``metrics`` as the dictionaries of :class:`Metric`;
+            ``measured_on``, the data module that gave them; ``speed``, images a second and their ratio to the twin's.
 
     Raises:
-        ValueError: no such checkpoint.
+        ValueError: no such checkpoint, another name, or a Hub repository, of which others than its owner have a copy.
         CheckpointError: a folder that is incomplete or damaged.
     """
+    for name in measured:
+        look_up(dict.fromkeys(MEASURED), name, "measurement")
+    if _repository(where, None):
+        raise ValueError(f"{where} is a Hub repository; zoo.save(zoo.load({where!r}), FOLDER) makes a folder of it")
     folder = find(where)
-    config = {**read_config(folder), "speed": dict(speed)}
+    config = {**read_config(folder), **measured}
     write_whole(folder / CONFIG, json.dumps(config, indent=2, allow_nan=False) + "\n")
     write_whole(folder / CARD, model_card(config))
 

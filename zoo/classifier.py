@@ -142,7 +142,7 @@ class Classifier(L.LightningModule):
             if stage != "predict" or self.hparams.init_from:
                 self._announce()
         if stage != "predict":
-            _check_data(self.model.spec, data)
+            check_data(self.model.spec, data)
         # Asked for at the start, for files may change while the network trains.
         _commit()
 
@@ -236,7 +236,7 @@ class Classifier(L.LightningModule):
         checkpoint[RECORD] = {
             "spec": self.model.describe().to_dict(),
             "model": _own(self.hparams),
-            "data": {"name": type(data).__name__, "arguments": _own(data.hparams)},
+            "data": data.describe(),
             "trainer": {"max_epochs": self.trainer.max_epochs},
             "source": self.source,
             "training": {
@@ -258,7 +258,7 @@ class Classifier(L.LightningModule):
                     f"the checkpoint holds {held}, but {asked} was asked for; leave out the --model and --data options "
                     "to go on with the checkpoint's network, or leave out --ckpt_path to train a new one"
                 )
-            _check_data(spec, self._data())
+            check_data(spec, self._data())
         if stage == "fit":
             self._check_optimizer(record["model"])
             self.earlier_commands = [record["training"]["command"]]
@@ -430,13 +430,12 @@ def read_record(checkpoint: dict[str, Any], path: str | os.PathLike[str] = "the 
     return checkpoint[RECORD]
 
 
-def _own(hparams: Mapping[str, Any]) -> dict[str, Any]:
-    """Return hyperparameters without those that Lightning adds for itself."""
-    return {name: value for name, value in hparams.items() if not name.startswith("_")}
+def check_data(spec: ModelSpec, data: ImageData) -> None:
+    """Refuse to train or measure a network on images of other classes, channels or size than its own.
 
-
-def _check_data(spec: ModelSpec, data: ImageData) -> None:
-    """Refuse to train or measure a network on images of other classes, channels or size than its own."""
+    Raises:
+        ValueError: they differ.
+    """
     for what in ("class_names", "in_chans", "input_size"):
         mine, theirs = getattr(spec, what), getattr(data, what)
         if mine != (tuple(theirs) if what == "class_names" else theirs):
@@ -444,6 +443,11 @@ def _check_data(spec: ModelSpec, data: ImageData) -> None:
                 f"the network has {what} {mine}, but {data.title} has {theirs}; choose the data it was trained on "
                 "(--data), or train again"
             )
+
+
+def _own(hparams: Mapping[str, Any]) -> dict[str, Any]:
+    """Return hyperparameters without those that Lightning adds for itself."""
+    return {name: value for name, value in hparams.items() if not name.startswith("_")}
 
 
 def _identity(spec: ModelSpec) -> str:

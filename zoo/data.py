@@ -141,6 +141,11 @@ class ImageData(L.LightningDataModule, abc.ABC):
         """Height and width at which training images are kept, from which the augmentation makes ``input_size``."""
         return self.input_size
 
+    def describe(self) -> dict[str, Any]:
+        """Return what :func:`build_data` makes this data module of again: its name and arguments."""
+        arguments = {name: value for name, value in self.hparams.items() if not name.startswith("_")}
+        return {"name": type(self).__name__, "arguments": arguments}
+
     @abc.abstractmethod
     def load_split(self, split: str) -> ImageSet:
         """Read "train", "val" or "test"."""

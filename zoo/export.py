@@ -1,12 +1,14 @@
-"""From the Lightning checkpoint of a training to a checkpoint folder: evaluated, then saved."""
+"""From the Lightning checkpoint of a training to a checkpoint folder: measured, then saved."""
 
+import dataclasses
 import inspect
 from pathlib import Path
 from typing import Any
 
 import zoo
 from operators.lookup import look_up
-from zoo.classifier import read_lightning_checkpoint, read_record
+from zoo.checkpoints import read_config
+from zoo.classifier import check_data, read_lightning_checkpoint, read_record
 from zoo.data import DATA, ImageData
 from zoo.models import ImageModel, ModelSpec
 
@@ -52,11 +54,7 @@ def export(
     if precision == "float16":
         zoo.round_weights(model)
     data = data or recorded_data(record["data"], root)
-    metrics = []
-    # A folder without test images has only validation accuracy to show.
-    for split in ("val",) if data.split("test") is data.split("val") else ("val", "test"):
-        value, images = zoo.accuracy(model, data.evaluation_batches(split))
-        metrics.append(zoo.Metric("accuracy", value, data.title, split, images))
+    metrics = accuracies(model, data)
     training = {**record["training"], "data": _portable(record["data"])}
     licence = licence or data.licence
     if source := record.get("source"):
@@ -65,6 +63,36 @@ def export(
             licence = f"{licence} (images), {source['licence']} ({source['name']})"
     settings = {"licence": licence, "precision": precision, "overwrite": overwrite}
     zoo.save(model, folder, metrics=metrics, training=training, **settings)
+    return metrics
+
+
+def measure(where: str | Path, data: ImageData) -> list[zoo.Metric]:
+    """Measure a checkpoint folder on validation and test images, and write that into its config and card.
+
+    What was recorded before is replaced.
+
+    Args:
+        where: the checkpoint's name or folder.
+        data: images of its classes, channels and size.
+
+    Raises:
+        ValueError: no such checkpoint, or images that are not the network's.
+    """
+    model = zoo.load(where)
+    check_data(model.spec, data)
+    metrics = accuracies(model, data)
+    zoo.record(
+        where, metrics=[dataclasses.asdict(metric) for metric in metrics], measured_on=_portable(data.describe())
+    )
+    return metrics
+
+
+def accuracies(model: ImageModel, data: ImageData) -> list[zoo.Metric]:
+    """Return the accuracy on validation and test images; on the former alone, if there are no others."""
+    metrics = []
+    for split in ("val",) if data.split("test") is data.split("val") else ("val", "test"):
+        value, images = zoo.accuracy(model, data.evaluation_batches(split))
+        metrics.append(zoo.Metric("accuracy", value, data.title, split, images))
     return metrics
 
 
@@ -103,6 +131,22 @@ def trained_model(checkpoint: Path) -> tuple[ImageModel, dict[str, Any]]:
         {key.removeprefix(prefix): value for key, value in saved["state_dict"].items() if key.startswith(prefix)}
     )
     return model.eval(), record
+
+
+def measured_data(where: str | Path, root: str | None) -> ImageData:
+    """Return the data module of the images that a checkpoint was measured on.
+
+    Raises:
+        ValueError: it records none, or images in a folder that is neither recorded nor given.
+    """
+    config = read_config(zoo.find(where))
+    record = config.get("measured_on") or config["training"].get("data")
+    if not record or not config["metrics"]:
+        raise ValueError(
+            f"{where} does not record what was measured on which data, so it cannot be checked; python -m zoo measure "
+            "measures and records it"
+        )
+    return recorded_data(record, root)
 
 
 def recorded_data(record: dict[str, Any], root: str | None) -> ImageData:

@@ -15,6 +15,7 @@ from typing import TypeVar
 
 import huggingface_hub
 from huggingface_hub import constants, errors
+from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils import validate_repo_id
 
 from zoo.errors import DamagedError, HubError
@@ -23,8 +24,9 @@ from zoo.errors import DamagedError, HubError
 CONFIG, WEIGHTS, CARD = FILES = ("config.json", "model.safetensors", "README.md")
 
 # The client itself can wait for minutes on a server that says nothing, and without end on one that says little.
-SECONDS_TO_ANSWER, SECONDS_A_FILE, LEAST_BYTES_A_SECOND = 10, 20, 100_000
-LONGEST = 3600
+SECONDS_TO_ANSWER, SECONDS_A_PIECE = 10, 20
+# The client writes a file in pieces of so many bytes; it would be ten times as many, which take long on a slow line.
+constants.DOWNLOAD_CHUNK_SIZE = 1 << 20
 
 # Bytes that config.json and the card may have; the names of 22,000 classes take 1 MB.
 LARGEST_TEXT = 1 << 24
@@ -68,7 +70,7 @@ def fetch(repository: str, *, revision: str | None = None, local_files_only: boo
         raise ValueError(f"revision is the name of a commit, branch or tag, got {revision!r}")
     what = f"{repository} at {revision}" if revision else repository
     cached = _cached(repository, revision)
-    offline = local_files_only or constants.is_offline_mode()
+    offline = local_files_only or constants.HF_HUB_OFFLINE
     if cached and not renew and (offline or cached.name == revision):
         folder = cached
     elif offline:
@@ -114,13 +116,26 @@ def _download(repository: str, what: str, commit: str, sizes: Mapping[str, int],
     if sizes[CONFIG] > LARGEST_TEXT:
         raise HubError(f"{CONFIG} of {what} has {sizes[CONFIG]:,} bytes, as no checkpoint's has")
     for file in (CONFIG, WEIGHTS):
-        seconds = min(LONGEST, SECONDS_A_FILE + sizes[file] / LEAST_BYTES_A_SECOND)
-        folder = _ask(f"{file} of {what}", seconds, _download_file, repository, file, commit, renew)
+        folder = _download_in_time(file, what, repository, commit, renew)
     if 0 < sizes.get(CARD, 0) < LARGEST_TEXT:
         # A model can be loaded without its card; verify says that it is missing.
         with contextlib.suppress(HubError):
-            _ask(f"{CARD} of {what}", SECONDS_A_FILE, _download_file, repository, CARD, commit, renew)
+            _download_in_time(CARD, what, repository, commit, renew)
     return folder
+
+
+def _download_in_time(file: str, what: str, repository: str, commit: str, renew: bool) -> Path:
+    """Return the folder of a commit in the cache, with this file, unless for too long no piece of it comes."""
+    blobs = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=repository, repo_type="model"), "blobs")
+
+    def progress() -> list[tuple[str, int]]:
+        """Return what has come so far, also if another process that has the cache's lock fetches it."""
+        with contextlib.suppress(OSError):
+            return sorted((part.name, part.stat().st_size) for part in blobs.glob("*.incomplete"))
+        return []
+
+    arguments = (repository, file, commit, renew)
+    return _ask(f"{file} of {what}", SECONDS_A_PIECE, _download_file, *arguments, progress=progress)
 
 
 def _download_file(repository: str, file: str, commit: str, renew: bool) -> Path:
@@ -170,12 +185,18 @@ def _describe(repository: str, revision: str | None) -> tuple[str, dict[str, int
     return info.sha, {sibling.rfilename: int(sibling.size or 0) for sibling in info.siblings}
 
 
-def _ask(what: str, seconds: float, function: Callable[..., Value], *arguments: object, **settings: object) -> Value:
+def _ask(
+    what: str,
+    seconds: float,
+    function: Callable[..., Value],
+    *arguments: object,
+    progress: Callable[[], object] = lambda: None,
+) -> Value:
     """Call the Hub's client, again if the server is busy, and explain what goes wrong."""
     deadline = time.monotonic() + seconds
     for attempt in range(RETRIES + 1):
         try:
-            return in_time(deadline - time.monotonic(), function, *arguments, **settings)
+            return in_time(deadline - time.monotonic(), function, *arguments, progress=progress)
         # The client, and what it is made of, have no error in common.
         except Exception as caught:
             error = caught
@@ -186,29 +207,38 @@ def _ask(what: str, seconds: float, function: Callable[..., Value], *arguments: 
     raise HubError(_explanation(what, error, seconds)) from error
 
 
-def in_time(seconds: float, function: Callable[..., Value], *arguments: object, **settings: object) -> Value:
+def in_time(
+    seconds: float,
+    function: Callable[..., Value],
+    *arguments: object,
+    progress: Callable[[], object] = lambda: None,
+) -> Value:
     """Return what a function returns in a thread of its own, or raise what it raises.
+
+    Args:
+        seconds: that it may take, and again as many as long as ``progress`` tells something else every time.
 
     Raises:
         OutOfTime: it takes longer. It cannot be stopped, and is left to itself.
     """
     future: Future[Value] = Future()
-    work = (_settle, future, function, arguments, settings)
+    work = (_settle, future, function, arguments)
     threading.Thread(target=contextvars.copy_context().run, args=work, daemon=True).start()
-    try:
-        return future.result(max(0.0, seconds))
-    except TimeoutError:
-        # It may have raised one of its own.
-        if future.done():
-            raise
-        raise OutOfTime from None
+    while True:
+        before = progress()
+        try:
+            return future.result(max(0.0, seconds))
+        except TimeoutError:
+            # It may have raised one of its own.
+            if future.done():
+                raise
+            if progress() == before:
+                raise OutOfTime from None
 
 
-def _settle(
-    future: Future[Value], function: Callable[..., Value], arguments: tuple[object, ...], settings: dict[str, object]
-) -> None:
+def _settle(future: Future[Value], function: Callable[..., Value], arguments: tuple[object, ...]) -> None:
     try:
-        future.set_result(function(*arguments, **settings))
+        future.set_result(function(*arguments))
     # Whatever it is, it is the caller's.
     except BaseException as error:
         future.set_exception(error)
@@ -217,7 +247,7 @@ def _settle(
 def _explanation(what: str, error: BaseException, seconds: float) -> str:
     endpoint = constants.ENDPOINT
     if isinstance(error, OutOfTime):
-        return f"{what}: {endpoint} did not send it within {seconds:.0f} s; try again, or look after the network"
+        return f"{what}: {endpoint} sent nothing for {seconds:.0f} s; try again, or look after the network"
     if isinstance(error, errors.RevisionNotFoundError):
         return f"{what}: the repository has no such revision; name a commit, branch or tag that it has"
     if isinstance(error, errors.RepositoryNotFoundError | errors.GatedRepoError) or status_of(error) in (401, 403):

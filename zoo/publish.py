@@ -6,11 +6,11 @@ from huggingface_hub import CommitOperationAdd, HfApi, constants
 
 from zoo.checkpoints import find, list_checkpoints, read_config, verify
 from zoo.errors import CheckpointError, HubError
-from zoo.hub import FILES, LEAST_BYTES_A_SECOND, OutOfTime, in_time, is_repository, status_of
+from zoo.hub import FILES, OutOfTime, in_time, is_repository, status_of
 from zoo.models import PLAIN, ModelSpec
 
 # The client alone would wait for ever.
-SECONDS_TO_PUBLISH = 120
+SECONDS_TO_PUBLISH, LEAST_BYTES_A_SECOND = 60, 100_000
 
 # What a reader needs to know of a training, by the names of config.json.
 OF_TRAINING = ("command", "commit", "hardware")
@@ -29,8 +29,7 @@ def missing(folder: Path) -> list[str]:
         return [str(error)]
     if not config["metrics"]:
         problems.append(
-            "no accuracy with its data set, split and number of images; python -m zoo export measures it when it makes "
-            "the folder of a training"
+            "no accuracy with its data set, split and number of images; python -m zoo measure measures and records it"
         )
     if not all(0 <= metric["value"] <= 1 and metric["images"] > 0 for metric in config["metrics"]):
         problems.append("an accuracy that is no share of at least one image")
