@@ -201,7 +201,9 @@ def create_repository(handler: Handler) -> None:
 
 def create_branch(handler: Handler, name: str, branch: str) -> None:
     hub = handler.server.hub
-    if hub.find(name, branch):
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)*", branch) or ".." in branch:
+        handler.fail(400, "", f"no name of a branch: {branch}")
+    elif hub.find(name, branch):
         handler.fail(409, "", f"Reference already exists: {branch}")
     elif commit := handler.commit_of(name, "main"):
         hub._write(name, f"refs/{branch}", commit)
@@ -379,6 +381,11 @@ def main() -> None:
     parser.add_argument("folder", type=Path, metavar="DIR", help="where the repositories are kept")
     parser.add_argument("--port", type=int, default=8021, help="of 127.0.0.1 (default: %(default)s)")
     parsed = parser.parse_args()
+    try:
+        probe = Server(parsed.folder, parsed.port)
+        probe.server_close()
+    except OSError as error:
+        parser.exit(1, f"port {parsed.port} cannot be listened on ({error}); choose another one (--port)\n")
     with serving(parsed.folder, parsed.port) as server:
         print(f"serving {shlex.quote(str(parsed.folder))}; Ctrl-C stops it. In another terminal, first:")
         print(f"export HF_ENDPOINT={server.url} HF_HUB_DISABLE_XET=1 HF_TOKEN=hf_anything")

@@ -313,7 +313,9 @@ def test_verify_finds_what_is_not_as_claimed(tmp_path):
     edit_config(folder, fingerprint=json.loads((PRETRAINED / NAME / "config.json").read_text())["fingerprint"])
     assert zoo.verify(folder) == []
     (folder / "README.md").write_text("another card")
-    assert zoo.verify(folder) == ["README.md: not the card that config.json gives; python -m zoo cards writes it"]
+    assert zoo.verify(folder) == [
+        f"README.md: not the card that config.json gives; python -m zoo cards {folder} writes it"
+    ]
 
 
 def test_verify_measures_accuracy_on_request(model, folder):
@@ -346,3 +348,24 @@ def test_the_embedded_checkpoints_are_small_and_whole(tmp_path):
     assert sum(path.stat().st_size for path in PRETRAINED.rglob("*") if path.is_file()) <= 40 * 2**20
     copy = shutil.copytree(PRETRAINED / NAME, tmp_path / "elsewhere" / NAME)
     assert zoo.load(copy).spec == zoo.load(NAME).spec
+
+
+@pytest.mark.parametrize("settings", [{"num_classes": "3"}, {"num_classes": True}, {"in_chans": 2.5}])
+def test_numbers_that_are_none_are_refused(settings):
+    ((name, value),) = settings.items()
+    with pytest.raises(TypeError, match=f"{name} is a whole number, got {value!r}"):
+        zoo.load(NAME, **settings)
+
+
+@pytest.mark.parametrize(
+    ("where", "message"),
+    [
+        ("", "unknown checkpoint ''"),
+        ("me/digits@main", "a Hub repository is called owner/name; its revision is an argument of its own"),
+        ("https://host/me/digits", "a Hub repository is called owner/name"),
+        ("hf-hub:me/digits@main", "names no Hub repository, which is called owner/name; its revision is given apart"),
+    ],
+)
+def test_what_is_no_name_is_told(where, message):
+    with pytest.raises(ValueError, match=message):
+        zoo.load(where)

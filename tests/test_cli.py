@@ -335,8 +335,8 @@ def test_fine_tuning_on_photographs_then_predicting_without_them(run, monkeypatc
 
 def test_measure_records_the_accuracy_of_a_folder(run, tmp_path):
     folder = zoo.save(zoo.load("digits_cnn6_conv"), tmp_path / "digits_cnn6_conv", licence="CC-BY-4.0")
-    status, printed, _ = run("verify", folder, "--accuracy", main=command_line.main)
-    assert status == 1 and "zoo measure" in printed + _
+    status, printed, errors = run("verify", folder, "--accuracy", main=command_line.main)
+    assert status == 1 and "zoo measure" in printed + errors
     status, printed, errors = run("measure", folder, "--data", "Digits", main=command_line.main)
     assert status == 0, errors
     config = json.loads((folder / "config.json").read_text())
@@ -345,6 +345,11 @@ def test_measure_records_the_accuracy_of_a_folder(run, tmp_path):
     status, printed, errors = run("verify", folder, "--accuracy", main=command_line.main)
     assert status == 0 and "as recorded" in printed, errors
     assert "trained on" not in (folder / "README.md").read_text()
+    trained = shutil.copytree(PRETRAINED / "digits_cnn6_conv", tmp_path / "trained/digits_cnn6_conv")
+    run("measure", trained, "--licence", "MIT", main=command_line.main)
+    config = json.loads((trained / "config.json").read_text())
+    assert config["licence"] == config["pretrained_cfg"]["license"] == "MIT"
+    assert "were trained on Digits" in (trained / "README.md").read_text() and zoo.verify(trained) == []
     for label in range(10):
         for split in ("train", "val"):
             (tmp_path / f"images/{split}/{label}").mkdir(parents=True)
@@ -357,11 +362,15 @@ def test_measure_records_the_accuracy_of_a_folder(run, tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["digits_cnn6_conv"], "no folder is recorded for the images (ImageFolder): name it (--root FOLDER)"),
+        (
+            ["digits_cnn6_conv", "--data", "ImageFolder"],
+            "no folder is recorded for the images (ImageFolder): name it (--root FOLDER)",
+        ),
         (["digits_cnn6_conv", "--data", "Digit"], "unknown data set 'Digit'. Did you mean 'Digits'"),
         (["digits_cnn6_conv", "--data", "Digits", "--title", "mine"], "--title is that of an ImageFolder"),
         (["cifar10_resnet20_conv", "--data", "Digits"], "class_names"),
         (["nowhere", "--data", "Digits"], "unknown checkpoint 'nowhere'"),
+        (["owner/name", "--data", "Digits"], "owner/name is a Hub repository; zoo.save("),
     ],
 )
 def test_measure_refuses_what_does_not_fit_in_words(run, words, message):

@@ -148,10 +148,10 @@ ALWAYS = {
     "500": (status(500), "GET", WEIGHTS, "model.safetensors of me/.* cannot be had from http.*500"),
     "503 for all": (status(503), "GET", "", "cannot be had from http.*503"),
     "429 for all": (status(429, Retry_After=86400), "GET", "/api/models", "cannot be had from http.*429"),
-    "no answer to a HEAD": (silence(4 * PATIENCE), "HEAD", WEIGHTS, "sent nothing for .* s; try again"),
-    "no answer at all": (silence(4 * PATIENCE), "GET", "/api/models", "cannot be had from|sent nothing for"),
-    "slow drip": (drip(4 * PATIENCE), "GET", WEIGHTS, "sent nothing for"),
-    "slow drip of the description": (drip(4 * PATIENCE), "GET", "/api/models", "sent nothing for"),
+    "no answer to a HEAD": (silence(4 * PATIENCE), "HEAD", WEIGHTS, "sent too little for .* s; try again"),
+    "no answer at all": (silence(4 * PATIENCE), "GET", "/api/models", "cannot be had from|sent too little for"),
+    "slow drip": (drip(4 * PATIENCE), "GET", WEIGHTS, "sent too little for"),
+    "slow drip of the description": (drip(4 * PATIENCE), "GET", "/api/models", "sent too little for"),
     "the connection is dropped": (hang_up, "GET", WEIGHTS, "model.safetensors of me/"),
     "HTML in place of the weights": (page, "GET", WEIGHTS, "model.safetensors of me/.* cannot be had"),
     "HTML in place of everything": (page, "GET", "", "cannot be had"),
@@ -201,6 +201,8 @@ def test_a_slow_download_is_waited_for_as_long_as_it_goes_on(server, tmp_path, m
             handler.wfile.write(data[start : start + 2**20])
             time.sleep(0.6)
 
+    # A busy server, and a broken connection, in the middle of it.
+    server.hub.faults.append(Fault("GET", WEIGHTS, status(503), times=1))
     server.hub.faults.append(Fault("GET", WEIGHTS, slow, times=1))
     began = time.monotonic()
     assert torch.equal(zoo.load(REPOSITORY)(IMAGES), large(IMAGES))
@@ -238,10 +240,41 @@ def test_a_damaged_cache_without_a_network_is_an_error(server):
     refuses("it is damaged .*. Fetching it again failed: .* cannot be had from", revision=commit)
 
 
+def test_without_links_in_the_cache_damaged_weights_are_healed_too(server, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.file_download.are_symlinks_supported", lambda *_: False)
+    loads()
+    path = hub.fetch(REPOSITORY) / WEIGHTS
+    assert not path.is_symlink()
+    path.write_bytes(flipped(path.read_bytes()))
+    refuses("has sha256 .*: it is damaged", local_files_only=True)
+    loads()
+    loads(local_files_only=True)
+
+
+def test_what_was_withdrawn_is_not_taken_from_the_cache(server):
+    loads()
+    put(server, {})
+    refuses("has no config.json and no model.safetensors: it is no checkpoint of decoupled-zoo")
+
+
+def test_a_file_without_an_end_is_given_up(server):
+    def endless(handler: Handler) -> None:
+        handler.send_response(200)
+        handler.send_header("Transfer-Encoding", "chunked")
+        handler.end_headers()
+        for _ in range(200):
+            handler.wfile.write(b"%x\r\n%s\r\n" % (2**20, bytes(2**20)))
+            time.sleep(0.05)
+
+    server.hub.faults.append(Fault("GET", WEIGHTS, endless))
+    refuses("sends more than the .* bytes that it said|cannot be had")
+
+
 def test_a_card_that_cannot_be_had_is_not_needed(server):
     server.hub.faults.append(Fault("GET", CARD, status(403)))
     loads()
-    assert zoo.verify(REPOSITORY) == ["README.md: not the card that config.json gives; python -m zoo cards writes it"]
+    (problem,) = zoo.verify(REPOSITORY)
+    assert problem.startswith("README.md: not the card that config.json gives; python -m zoo cards")
     server.hub.faults.clear()
     assert zoo.verify(REPOSITORY) == []
 

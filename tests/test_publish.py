@@ -97,7 +97,7 @@ def test_publishing_waits_for_no_one_for_ever(server, monkeypatch):
     monkeypatch.setattr("zoo.publish.SECONDS_TO_PUBLISH", 1)
     monkeypatch.setattr("zoo.publish.LEAST_BYTES_A_SECOND", 10_000_000)
     server.hub.faults.append(Fault("POST", "/preupload/", silence(60)))
-    with pytest.raises(zoo.HubError, match="did not take me/new in time"):
+    with pytest.raises(zoo.HubError, match="did not answer for me/new in time"):
         publish(NAME, "me/new")
 
 
@@ -106,8 +106,11 @@ def test_a_repository_of_no_legal_name_is_refused_before_anything(server, reposi
     server.hub.requests.clear()
     with pytest.raises(ValueError, match="a repository is called owner/name"):
         publish(NAME, repository, dry_run=True)
-    with pytest.raises(ValueError, match="nowhere/net is neither a folder nor one of cifar10_resnet20_conv"):
+    with pytest.raises(ValueError, match="'nowhere/net' is neither a folder nor one of cifar10_resnet20_conv"):
         publish("nowhere/net", "me/new", dry_run=True)
+    for revision in ("", "a b", "a..b", "../x", "a\nb", "/a", "0" * 40):
+        with pytest.raises(ValueError, match="revision is the name of a branch, in letters"):
+            publish(NAME, "me/new", revision=revision, dry_run=True)
     assert not server.hub.requests
 
 
@@ -143,7 +146,7 @@ def test_publishing_that_is_interrupted_leaves_the_repository_as_it_was(server, 
     before = server.hub.find(REPOSITORY, "main")
     act, message = {
         "refused": (status(403), "me/.* is misspelt or not yours to write"),
-        "cut off": (hang_up, "the Hub at .* did not take me/.*; what was published before is as it was"),
+        "cut off": (hang_up, "the Hub at .* did not take me/.*. Either the whole commit was made, or what was"),
     }[how]
     server.hub.faults += [Fault("POST", step, act), Fault("PUT", step, act)]
     with pytest.raises(zoo.HubError, match=message):
@@ -181,9 +184,8 @@ def test_what_is_missing_is_listed_and_nothing_is_sent(server, tmp_path):
     for problem in (
         "no accuracy",
         "licence .* not stated",
-        "training's command",
-        "training's commit",
-        "called mine, not",
+        "training's command, commit, hardware is not recorded",
+        "called mine and its config.json says mine; both .* <data>_cnn6_tanh_cosine",
     ):
         assert re.search(problem, problems)
     folder = shutil.copytree(PRETRAINED / NAME, tmp_path / NAME)
@@ -230,7 +232,7 @@ def test_the_command_prints_the_commit_and_a_dry_run_asks_nobody(server, monkeyp
 def test_without_a_network_publishing_is_refused_in_words(server):
     server.server_close()
     server.shutdown()
-    with pytest.raises(zoo.HubError, match="the Hub at http.* did not take me/new .*; what was published before"):
+    with pytest.raises(zoo.HubError, match="the Hub at http.* did not take me/new .*; publish again to see"):
         publish(NAME, "me/new")
 
 

@@ -5,7 +5,6 @@ import contextlib
 import functools
 import os
 import re
-import shlex
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -20,9 +19,9 @@ from operators import calibrate
 from operators.lookup import unknown_name
 from zoo.augmentation import to_float
 from zoo.cards import model_card
-from zoo.checkpoints import CARD, PRETRAINED, read_config, write_whole
+from zoo.checkpoints import CARD, PRETRAINED, find_local, read_config, write_whole
 from zoo.classifier import CALIBRATION_IMAGES, origin
-from zoo.cli import interrupted, readable_errors
+from zoo.cli import command_of, interrupted, portable, readable_errors
 from zoo.data import DATA, Digits, sample_files
 from zoo.export import check_absent, check_name, export, measure, measured_data, recorded_data
 from zoo.models import PLAIN
@@ -98,9 +97,10 @@ def main() -> None:
     command = commands.add_parser("measure", help="measure a checkpoint folder's accuracy, e.g. of a converted one")
     command.description = "Measure a checkpoint on validation and test images, and record it in its config and card."
     command.add_argument("name", help="the checkpoint's folder or name")
-    command.add_argument("--data", default="ImageFolder", help=f"one of {', '.join(DATA)} (default: %(default)s)")
-    command.add_argument("--root", help="the folder of the images")
+    command.add_argument("--data", help=f"one of {', '.join(DATA)}; by default what was measured on, else ImageFolder")
+    command.add_argument("--root", help="the folder of the images, for an ImageFolder that with train/ and val/")
     command.add_argument("--title", help="of an ImageFolder, as shown beside the numbers; by default its folder's name")
+    command.add_argument("--licence", help="of the weights, to be recorded, too")
     command.set_defaults(function=measure_checkpoint)
 
     command = commands.add_parser("publish", help="put a checkpoint into a repository of the Hugging Face Hub")
@@ -196,7 +196,7 @@ def _recorded_batches(name: str, root: str | None) -> tuple[Iterator[tuple[Tenso
 
 def write_cards(arguments: argparse.Namespace) -> None:
     for name in arguments.names or zoo.list_checkpoints():
-        folder = zoo.find(name)
+        folder = find_local(name)
         write_whole(folder / CARD, model_card(read_config(folder)))
         print(f"written: {folder / CARD}")
 
@@ -236,8 +236,9 @@ def convert_checkpoint(arguments: argparse.Namespace) -> None:
         images = sample_files(arguments.images, CALIBRATION_IMAGES, model.transform)
         quantile = QUANTILE if arguments.quantile is None else arguments.quantile
         _, calibration = calibrate(model, [to_float(images)], quantile)
-    command = shlex.join(["python", "-m", "zoo", *sys.argv[1:]])
-    training = {"converted_from": arguments.source, "command": command, **origin(torch.device("cpu"))}
+    command = command_of("python", "-m", "zoo", *sys.argv[1:])
+    source = portable(arguments.source)
+    training = {"converted_from": source, "command": command, **origin(torch.device("cpu"))}
     # Of weights in a file nothing is known.
     licence = arguments.licence or ("not stated" if arguments.weights else licence_of(arguments.source))
     zoo.save(model, folder, training=training, licence=licence, overwrite=arguments.overwrite)
@@ -262,14 +263,20 @@ def read_classes(path: Path, count: int) -> list[str]:
 
 
 def measure_checkpoint(arguments: argparse.Namespace) -> None:
-    settings = {}
-    if arguments.data == "ImageFolder":
-        spec = zoo.load(arguments.name).spec
-        settings = {"input_size": spec.input_size, "in_chans": spec.in_chans, "title": arguments.title}
-    elif arguments.title:
-        raise ValueError(f"--title is that of an ImageFolder; {arguments.data} has its own")
-    data = recorded_data({"name": arguments.data, "arguments": settings}, arguments.root)
+    folder = find_local(arguments.name)
+    if not (arguments.data or arguments.root) and read_config(folder)["metrics"]:
+        data = measured_data(arguments.name, arguments.root)
+    else:
+        kind, settings = arguments.data or "ImageFolder", {}
+        if kind == "ImageFolder":
+            spec = zoo.load(folder).spec
+            settings = {"input_size": spec.input_size, "in_chans": spec.in_chans, "title": arguments.title}
+        elif arguments.title:
+            raise ValueError(f"--title is that of an ImageFolder; {kind} has its own")
+        data = recorded_data({"name": kind, "arguments": settings}, arguments.root)
     show_metrics(measure(arguments.name, data))
+    if arguments.licence:
+        zoo.record(arguments.name, licence=arguments.licence)
     print(f"recorded: {zoo.find(arguments.name)}")
 
 

@@ -53,6 +53,7 @@ def model_card(config: Mapping[str, Any]) -> str:
         for metric in config["metrics"]
     ]
     facts.append(("parameters", f"{config['parameters']:,}"))
+    facts.append(("mean and std of the pixels", f"{config['mean']}, {config['std']}"))
     if "speed" in config:
         speed = config["speed"]
         for mode in ("eager", "compiled"):
@@ -74,9 +75,9 @@ def model_card(config: Mapping[str, Any]) -> str:
         ("sha256 of `model.safetensors`", f"`{config['sha256']}`"),
     ]
     lines.append(markdown_table(("", ""), facts))
-    if config["metrics"] and "data" in config["training"] and "measured_on" not in config:
-        data = " and ".join(sorted({metric["dataset"] for metric in config["metrics"]}))
-        lines += ["", f"The weights were trained on {data}, whose terms they follow: {config['licence']}."]
+    if data := config["training"].get("data"):
+        title = data["arguments"].get("title") or data["name"]
+        lines += ["", f"The weights were trained on {title}, whose terms they follow: {config['licence']}."]
     if not plain:
         twin = name.removesuffix(operator_name) + "conv"
         lines += ["", f"Compare it with its twin of ordinary convolutions, `{twin}`, where that is published."]

@@ -34,8 +34,8 @@ PRETRAINED = Path(__file__).parent / "pretrained"
 # Names of checkpoints too large to embed, with the repository and the commit that have them.
 PUBLISHED = PRETRAINED / "published.json"
 
-# Fields of config.json that come after the weights.
-MEASURED = ("metrics", "measured_on", "speed")
+# Fields of config.json that may come after the weights.
+RECORDED = ("licence", "measured_on", "metrics", "speed")
 
 # Arguments of timm that fetch other weights; a checkpoint has its own.
 FOREIGN_SOURCES = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"}
@@ -93,9 +93,13 @@ def load(
 
     Raises:
         ValueError: no such checkpoint, or less than one class or channel.
+        TypeError: a number of classes or channels that is no whole number.
         CheckpointError: a folder whose files are missing, damaged or do not fit together.
         HubError: a Hub repository that cannot be had.
     """
+    for name, number in {"num_classes": num_classes, "in_chans": in_chans}.items():
+        if number is not None and (isinstance(number, bool) or not isinstance(number, int)):
+            raise TypeError(f"{name} is a whole number, got {number!r}")
     source = {"revision": revision, "local_files_only": local_files_only}
     folder = find(where, **source)
     try:
@@ -200,23 +204,24 @@ def save(
     return folder
 
 
-def record(where: str | os.PathLike[str], **measured: Any) -> None:
-    """Write what was measured into a checkpoint's ``config.json`` and card, in place of what they said of it.
+def record(where: str | os.PathLike[str], **facts: Any) -> None:
+    """Write what is known of a checkpoint into its ``config.json`` and card, in place of what they said of it.
 
     Args:
-        measured: by its name in ``MEASURED``, as JSON-able values: ``metrics`` as the dictionaries of :class:`Metric`;
-            ``measured_on``, the data module that gave them; ``speed``, images a second and their ratio to the twin's.
+        facts: by its name in ``RECORDED``, as JSON-able values: ``licence`` of the weights; ``metrics`` as the
+            dictionaries of :class:`Metric`; ``measured_on``, the data module that gave them; ``speed``, images a second
+            and their ratio to the twin's.
 
     Raises:
         ValueError: no such checkpoint, another name, or a Hub repository, of which others than its owner have a copy.
         CheckpointError: a folder that is incomplete or damaged.
     """
-    for name in measured:
-        look_up(dict.fromkeys(MEASURED), name, "measurement")
-    if _repository(where, None):
-        raise ValueError(f"{where} is a Hub repository; zoo.save(zoo.load({where!r}), FOLDER) makes a folder of it")
-    folder = find(where)
-    config = {**read_config(folder), **measured}
+    for name in facts:
+        look_up(dict.fromkeys(RECORDED), name, "fact")
+    folder = find_local(where)
+    config = {**read_config(folder), **facts}
+    if "license" in config.get("pretrained_cfg", {}):
+        config["pretrained_cfg"]["license"] = config["licence"]
     write_whole(folder / CONFIG, json.dumps(config, indent=2, allow_nan=False) + "\n")
     write_whole(folder / CARD, model_card(config))
 
@@ -256,8 +261,13 @@ def verify(
     if not _agree(config["fingerprint"], fingerprint(model)):
         problems.append(f"{CONFIG}: the logits on the fingerprint's images are not those recorded")
     card = folder / CARD
-    if not card.is_file() or card.read_text(encoding="utf-8") != model_card(config):
-        problems.append(f"{CARD}: not the card that {CONFIG} gives; python -m zoo cards writes it")
+    try:
+        told = model_card(config)
+    # Of a speed that has other fields, for one.
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{folder / CONFIG}: no card can be made of it ({error!r})") from error
+    if not card.is_file() or card.read_text(encoding="utf-8", errors="replace") != told:
+        problems.append(f"{CARD}: not the card that {CONFIG} gives; python -m zoo cards {where} writes it")
     if batches is not None:
         problems += _verify_accuracy(model, config, batches, split)
     return problems
@@ -317,17 +327,31 @@ def find(
         raise ValueError(f"revision={revision!r} is that of a Hub repository (owner/name), and {name} is none")
     if isinstance(where, str) and name in list_checkpoints():
         return PRETRAINED / name
-    if Path(name).is_dir():
+    if name and Path(name).is_dir():
         return Path(name)
     if Path(name).is_file():
         raise ValueError(
             f"{name} is a file, but a checkpoint is a folder; python -m zoo export makes one of a Lightning checkpoint "
             "(best.ckpt, last.ckpt)"
         )
-    if name != Path(name).name:
-        raise ValueError(f"no checkpoint folder {name}; check the path")
+    if name and name != Path(name).name:
+        raise ValueError(
+            f"no checkpoint folder {name}; check the path (a Hub repository is called owner/name; its revision is an "
+            "argument of its own)"
+        )
     legal = [*list_checkpoints(), *list_published()]
     raise ValueError(f"{unknown_name('checkpoint', name, legal)} Or give the path of a folder.")
+
+
+def find_local(where: str | os.PathLike[str]) -> Path:
+    """Return the folder of a checkpoint's name or path, which may be changed, as one in the Hub's cache must not be.
+
+    Raises:
+        ValueError: no such checkpoint, or a Hub repository.
+    """
+    if _repository(where, None):
+        raise ValueError(f"{where} is a Hub repository; zoo.save(zoo.load({where!r}), FOLDER) makes a folder of it")
+    return find(where)
 
 
 def _repository(where: str | os.PathLike[str], revision: str | None) -> tuple[str, str | None] | None:
@@ -336,6 +360,8 @@ def _repository(where: str | os.PathLike[str], revision: str | None) -> tuple[st
     if not isinstance(where, str) or name in list_checkpoints():
         return None
     if name.startswith(HUB):
+        if not hub.is_repository(name.removeprefix(HUB)):
+            raise ValueError(f"{name} names no Hub repository, which is called owner/name; its revision is given apart")
         return name.removeprefix(HUB), revision
     if published := list_published().get(name):
         return published["repository"], revision or published["commit"]
@@ -386,9 +412,15 @@ def read_config(folder: Path) -> dict[str, Any]:
     layers = config.get("layer_settings", {})
     if not isinstance(layers, dict) or not all(isinstance(settings, dict) for settings in layers.values()):
         raise CheckpointError(f"{path}: 'layer_settings' is malformed; fetch the checkpoint again")
-    columns = {field.name for field in dataclasses.fields(Metric)}
-    if not all(isinstance(metric, dict) and metric.keys() == columns for metric in config["metrics"]):
-        raise CheckpointError(f"{path}: a metric has other fields than {', '.join(sorted(columns))}")
+    for described in (config.get("measured_on", {}), config["training"].get("data", {})):
+        if not isinstance(described, dict) or not isinstance(described.get("arguments", {}), dict):
+            raise CheckpointError(f"{path}: what it was measured or trained on is malformed; fetch it again")
+    columns = {field.name: field.type for field in dataclasses.fields(Metric)}
+    for metric in config["metrics"]:
+        if not isinstance(metric, dict) or metric.keys() != columns.keys():
+            raise CheckpointError(f"{path}: a metric has other fields than {', '.join(sorted(columns))}")
+        if not all(isinstance(metric[name], (int, float) if kind is float else kind) for name, kind in columns.items()):
+            raise CheckpointError(f"{path}: a metric is malformed: {metric}")
     return config
 
 

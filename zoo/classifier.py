@@ -24,7 +24,7 @@ from torchvision.transforms.v2 import MixUp
 from operators import DecoupledConv2d, calibrate, decoupled_layers, filter_norm
 from operators.convert import classifier_layers
 from zoo.checkpoints import CONFIG, list_checkpoints
-from zoo.data import ImageData
+from zoo.data import ImageData, given_arguments
 from zoo.models import PLAIN, ImageModel, ModelSpec, build
 from zoo.sources import convert, licence_of, start_from
 
@@ -235,7 +235,7 @@ class Classifier(L.LightningModule):
         data = self._data()
         checkpoint[RECORD] = {
             "spec": self.model.describe().to_dict(),
-            "model": _own(self.hparams),
+            "model": given_arguments(self.hparams),
             "data": data.describe(),
             "trainer": {"max_epochs": self.trainer.max_epochs},
             "source": self.source,
@@ -443,11 +443,6 @@ def check_data(spec: ModelSpec, data: ImageData) -> None:
                 f"the network has {what} {mine}, but {data.title} has {theirs}; choose the data it was trained on "
                 "(--data), or train again"
             )
-
-
-def _own(hparams: Mapping[str, Any]) -> dict[str, Any]:
-    """Return hyperparameters without those that Lightning adds for itself."""
-    return {name: value for name, value in hparams.items() if not name.startswith("_")}
 
 
 def _identity(spec: ModelSpec) -> str:

@@ -82,7 +82,7 @@ class ZooCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         arguments = sys.argv[1:] if args is None else list(args)
-        self.command = shlex.join(["python", "train.py", *arguments])
+        self.command = command_of("python", "train.py", *arguments)
         subcommand = next((place for place, word in enumerate(arguments, 1) if word in self.subcommands()), 0)
         settings = []
         if subcommand:
@@ -196,6 +196,20 @@ def run(
         args=arguments,
         shared=shared,
     )
+
+
+def command_of(*words: str) -> str:
+    """Return a command as it is recorded and published: without the folders above this one."""
+    return shlex.join(portable(word) for word in words)
+
+
+def portable(word: str) -> str:
+    """Return a word of a command line in which an absolute path is told from this folder, or by its last part alone."""
+    option, equals, value = word.rpartition("=")
+    if not os.path.isabs(value):
+        return word
+    relative = os.path.relpath(value)
+    return option + equals + (os.path.basename(value.rstrip("/")) if relative.startswith("..") else relative)
 
 
 def options(settings: Namespace) -> list[str]:

@@ -143,8 +143,7 @@ class ImageData(L.LightningDataModule, abc.ABC):
 
     def describe(self) -> dict[str, Any]:
         """Return what :func:`build_data` makes this data module of again: its name and arguments."""
-        arguments = {name: value for name, value in self.hparams.items() if not name.startswith("_")}
-        return {"name": type(self).__name__, "arguments": arguments}
+        return {"name": type(self).__name__, "arguments": given_arguments(self.hparams)}
 
     @abc.abstractmethod
     def load_split(self, split: str) -> ImageSet:
@@ -735,6 +734,11 @@ def build_data(name: str, **arguments: Any) -> ImageData:
         ValueError: an unknown name; the message lists the legal ones.
     """
     return look_up(DATA, name, "data set")(**arguments)
+
+
+def given_arguments(hparams: Mapping[str, Any]) -> dict[str, Any]:
+    """Return hyperparameters without those that Lightning adds for itself."""
+    return {name: value for name, value in hparams.items() if not name.startswith("_")}
 
 
 def _images_in(folder: Path) -> Iterator[Path]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import zoo
 from operators.lookup import look_up
-from zoo.checkpoints import read_config
+from zoo.checkpoints import find_local, read_config
 from zoo.classifier import check_data, read_lightning_checkpoint, read_record
 from zoo.data import DATA, ImageData
 from zoo.models import ImageModel, ModelSpec
@@ -76,9 +76,9 @@ def measure(where: str | Path, data: ImageData) -> list[zoo.Metric]:
         data: images of its classes, channels and size.
 
     Raises:
-        ValueError: no such checkpoint, or images that are not the network's.
+        ValueError: no such checkpoint, a Hub repository, or images that are not the network's.
     """
-    model = zoo.load(where)
+    model = zoo.load(find_local(where))
     check_data(model.spec, data)
     metrics = accuracies(model, data)
     zoo.record(

@@ -16,7 +16,7 @@ from typing import TypeVar
 import huggingface_hub
 from huggingface_hub import constants, errors
 from huggingface_hub.file_download import repo_folder_name
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils import tqdm, validate_repo_id
 
 from zoo.errors import DamagedError, HubError
 
@@ -25,7 +25,8 @@ CONFIG, WEIGHTS, CARD = FILES = ("config.json", "model.safetensors", "README.md"
 
 # The client itself can wait for minutes on a server that says nothing, and without end on one that says little.
 SECONDS_TO_ANSWER, SECONDS_A_PIECE = 10, 20
-# The client writes a file in pieces of so many bytes; it would be ten times as many, which take long on a slow line.
+# For the whole process: the client tells of a file in pieces of so many bytes, not ten times as many, which take long
+# on a slow line.
 constants.DOWNLOAD_CHUNK_SIZE = 1 << 20
 
 # Bytes that config.json and the card may have; the names of 22,000 classes take 1 MB.
@@ -40,6 +41,10 @@ BUSY = (429, 500, 502, 503, 504)
 Value = TypeVar("Value")
 
 
+class OutOfTime(Exception):
+    """The Hub did not answer in the time that it was given."""
+
+
 def is_repository(name: str) -> bool:
     """Return whether ``name`` has the form ``owner/name``, and the Hub allows it."""
     try:
@@ -47,6 +52,11 @@ def is_repository(name: str) -> bool:
     except errors.HFValidationError:
         return False
     return "/" in name
+
+
+def is_revision(name: str) -> bool:
+    """Return whether ``name`` may be that of a branch or tag."""
+    return bool(re.fullmatch(r"[\w.-]+(/[\w.-]+)*", name)) and ".." not in name
 
 
 def fetch(repository: str, *, revision: str | None = None, local_files_only: bool = False, renew: bool = False) -> Path:
@@ -66,7 +76,7 @@ def fetch(repository: str, *, revision: str | None = None, local_files_only: boo
         ValueError: a ``revision`` that is no name.
         HubError: no such repository, revision or file, no permission, no answer in time, or no room for the files.
     """
-    if revision is not None and (not isinstance(revision, str) or not revision):
+    if revision is not None and (not isinstance(revision, str) or not is_revision(revision)):
         raise ValueError(f"revision is the name of a commit, branch or tag, got {revision!r}")
     what = f"{repository} at {revision}" if revision else repository
     cached = _cached(repository, revision)
@@ -84,10 +94,11 @@ def fetch(repository: str, *, revision: str | None = None, local_files_only: boo
             folder = _download(repository, what, commit, sizes, renew)
             _remember(folder, revision or constants.DEFAULT_REVISION)
         except HubError as error:
-            # A refusal has a status of its own.
-            if cached is None or renew or status_of(error.__cause__) not in (None, *BUSY):
+            # A refusal has a status of its own, and what the Hub has is no checkpoint if nothing caused the error.
+            refused = error.__cause__ is None or status_of(error.__cause__) not in (None, *BUSY)
+            if cached is None or renew or refused:
                 raise
-            warnings.warn(f"{error}; the commit in the cache is taken, {cached.name}", stacklevel=3)
+            warnings.warn(f"{error}; the commit in the cache is taken, {cached.name}", stacklevel=4)
             folder = cached
     if not is_damaged(folder / CONFIG):
         return folder
@@ -103,7 +114,7 @@ def is_damaged(file: Path) -> bool:
     one that git has elsewhere. Where there are no links, nothing is known.
     """
     etag = Path(os.readlink(file)).name if file.is_symlink() else ""
-    if re.fullmatch("[0-9a-f]{40}", etag):
+    if re.fullmatch(COMMIT, etag):
         data = file.read_bytes()
         return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest() != etag
     return bool(re.fullmatch("[0-9a-f]{64}", etag)) and hashlib.sha256(file.read_bytes()).hexdigest() != etag
@@ -116,30 +127,47 @@ def _download(repository: str, what: str, commit: str, sizes: Mapping[str, int],
     if sizes[CONFIG] > LARGEST_TEXT:
         raise HubError(f"{CONFIG} of {what} has {sizes[CONFIG]:,} bytes, as no checkpoint's has")
     for file in (CONFIG, WEIGHTS):
-        folder = _download_in_time(file, what, repository, commit, renew)
+        folder = _download_in_time(file, what, repository, commit, sizes[file], renew)
     if 0 < sizes.get(CARD, 0) < LARGEST_TEXT:
         # A model can be loaded without its card; verify says that it is missing.
         with contextlib.suppress(HubError):
-            _download_in_time(CARD, what, repository, commit, renew)
+            _download_in_time(CARD, what, repository, commit, sizes[CARD], renew)
     return folder
 
 
-def _download_in_time(file: str, what: str, repository: str, commit: str, renew: bool) -> Path:
+def _download_in_time(file: str, what: str, repository: str, commit: str, size: int, renew: bool) -> Path:
     """Return the folder of a commit in the cache, with this file, unless for too long no piece of it comes."""
     blobs = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=repository, repo_type="model"), "blobs")
+    pieces: list[float] = []
 
-    def progress() -> list[tuple[str, int]]:
-        """Return what has come so far, also if another process that has the cache's lock fetches it."""
+    class Bar(tqdm):
+        """The client's progress bar, which it tells of every piece."""
+
+        def update(self, n: float | None = 1) -> bool | None:
+            pieces.append(n or 0)
+            # Twice, as Xet tells both what it has received and what it has made of it; and in more than one attempt.
+            if sum(pieces) > 2 * (RETRIES + 1) * size + constants.DOWNLOAD_CHUNK_SIZE:
+                raise ValueError(f"the Hub sends more than the {size:,} bytes that it said")
+            return super().update(n)
+
+    def progress() -> object:
+        """Return what has come so far, also if another process, which has the cache's lock, fetches it."""
         with contextlib.suppress(OSError):
-            return sorted((part.name, part.stat().st_size) for part in blobs.glob("*.incomplete"))
-        return []
+            return len(pieces), sorted((part.name, part.stat().st_size) for part in blobs.glob("*.incomplete"))
+        return len(pieces)
 
-    arguments = (repository, file, commit, renew)
+    arguments = (repository, file, commit, renew, Bar)
     return _ask(f"{file} of {what}", SECONDS_A_PIECE, _download_file, *arguments, progress=progress)
 
 
-def _download_file(repository: str, file: str, commit: str, renew: bool) -> Path:
-    folder = Path(huggingface_hub.hf_hub_download(repository, file, revision=commit, force_download=renew)).parent
+def _download_file(repository: str, file: str, commit: str, renew: bool, bar: type[tqdm]) -> Path:
+    if renew:
+        # Where the cache has no links, the client leaves what it has.
+        known = huggingface_hub.try_to_load_from_cache(repository, file, revision=commit)
+        if isinstance(known, str) and not Path(known).is_symlink():
+            Path(known).unlink()
+    settings = {"revision": commit, "force_download": renew, "tqdm_class": bar}
+    folder = Path(huggingface_hub.hf_hub_download(repository, file, **settings)).parent
     if folder.name != commit:
         raise ValueError(f"the Hub sent {file} of commit {folder.name} in place of {commit}")
     return folder
@@ -156,10 +184,6 @@ def _remember(folder: Path, revision: str) -> None:
             draft = path.with_name(f"{path.name}.{os.getpid()}.part")
             draft.write_text(folder.name)
             draft.replace(path)
-
-
-class OutOfTime(Exception):
-    """The Hub did not answer in the time that it was given."""
 
 
 def _cached(repository: str, revision: str | None) -> Path | None:
@@ -193,10 +217,9 @@ def _ask(
     progress: Callable[[], object] = lambda: None,
 ) -> Value:
     """Call the Hub's client, again if the server is busy, and explain what goes wrong."""
-    deadline = time.monotonic() + seconds
     for attempt in range(RETRIES + 1):
         try:
-            return in_time(deadline - time.monotonic(), function, *arguments, progress=progress)
+            return in_time(seconds, function, *arguments, progress=progress)
         # The client, and what it is made of, have no error in common.
         except Exception as caught:
             error = caught
@@ -227,7 +250,7 @@ def in_time(
     while True:
         before = progress()
         try:
-            return future.result(max(0.0, seconds))
+            return future.result(seconds)
         except TimeoutError:
             # It may have raised one of its own.
             if future.done():
@@ -247,7 +270,7 @@ def _settle(future: Future[Value], function: Callable[..., Value], arguments: tu
 def _explanation(what: str, error: BaseException, seconds: float) -> str:
     endpoint = constants.ENDPOINT
     if isinstance(error, OutOfTime):
-        return f"{what}: {endpoint} sent nothing for {seconds:.0f} s; try again, or look after the network"
+        return f"{what}: {endpoint} sent too little for {seconds:.0f} s; try again, or look after the network"
     if isinstance(error, errors.RevisionNotFoundError):
         return f"{what}: the repository has no such revision; name a commit, branch or tag that it has"
     if isinstance(error, errors.RepositoryNotFoundError | errors.GatedRepoError) or status_of(error) in (401, 403):

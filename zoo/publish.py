@@ -1,16 +1,21 @@
 """From a checkpoint folder to a repository of the Hugging Face Hub, in one commit."""
 
+import os
+import re
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, HfApi, constants
 
 from zoo.checkpoints import find, list_checkpoints, read_config, verify
 from zoo.errors import CheckpointError, HubError
-from zoo.hub import FILES, OutOfTime, in_time, is_repository, status_of
+from zoo.hub import COMMIT, FILES, OutOfTime, in_time, is_repository, is_revision, status_of
 from zoo.models import PLAIN, ModelSpec
 
 # The client alone would wait for ever.
 SECONDS_TO_PUBLISH, LEAST_BYTES_A_SECOND = 60, 100_000
+
+# Of a commit whose answer was lost.
+UNKNOWN = "Either the whole commit was made, or what was published before is as it was"
 
 # What a reader needs to know of a training, by the names of config.json.
 OF_TRAINING = ("command", "commit", "hardware")
@@ -22,28 +27,36 @@ def missing(folder: Path) -> list[str]:
     Everything that :func:`zoo.verify` recomputes has to hold: the hash of the weights, the shape of each tensor, the
     logits of the fingerprint, the card. Beside it, what people need to know has to be told.
     """
+    here = os.path.relpath(folder)
     try:
-        problems = verify(folder)
+        problems = verify(here)
         config = read_config(folder)
     except CheckpointError as error:
         return [str(error)]
     if not config["metrics"]:
         problems.append(
-            "no accuracy with its data set, split and number of images; python -m zoo measure measures and records it"
+            f"no accuracy with its data set, split and number of images; python -m zoo measure {here} --root IMAGES "
+            "measures and records it"
         )
     if not all(0 <= metric["value"] <= 1 and metric["images"] > 0 for metric in config["metrics"]):
         problems.append("an accuracy that is no share of at least one image")
     if config["licence"].strip() in ("", "not stated"):
-        problems.append("the licence of the weights is not stated (--licence of python -m zoo export or convert)")
+        problems.append(
+            f"the licence of the weights is not stated; python -m zoo measure {here} --licence ... records it"
+        )
     told = config["training"]
-    problems += [f"the training's {field} is not recorded" for field in OF_TRAINING if not told.get(field)]
+    if unknown := [field for field in OF_TRAINING if not told.get(field)]:
+        problems.append(
+            f"the training's {', '.join(unknown)} is not recorded; zoo.save(..., training={{{unknown[0]!r}: ...}}) "
+            "records it"
+        )
     spec = ModelSpec.from_dict(config)
     expected = f"_{spec.architecture}_{spec.operator_name}"
     if config["name"] != folder.name or not folder.name.endswith(expected):
         twin = f"<data>_{spec.architecture}_{PLAIN}"
         problems.append(
-            f"the folder is called {folder.name}, not <data>{expected} as in config.json, so its twin of ordinary "
-            f"convolutions, {twin}, cannot be told"
+            f"the folder is called {folder.name} and its config.json says {config['name']}; both have to be the same, "
+            f"<data>{expected}, so that its twin of ordinary convolutions, {twin}, can be told"
         )
     return problems
 
@@ -54,7 +67,7 @@ def publish(
     """Put a checkpoint into a Hub repository, which is made if there is none, and return the commit.
 
     All files travel in one commit, which comes after the upload: whatever fails, the repository has what it had (one
-    that is new stays, empty). What it has already makes no commit.
+    that is new stays, empty), or all of it if only the commit's answer was lost. What it has already makes no commit.
 
     Args:
         where: the checkpoint's name or folder.
@@ -70,8 +83,12 @@ def publish(
     """
     if not is_repository(repository):
         raise ValueError(f"a repository is called owner/name, in letters, digits, '.', '-' and '_'; got {repository!r}")
-    if not Path(where).is_dir() and where not in list_checkpoints():
-        raise ValueError(f"{where} is neither a folder nor one of {', '.join(list_checkpoints())}")
+    if revision is not None and (not is_revision(revision) or re.fullmatch(COMMIT, revision)):
+        raise ValueError(
+            f"revision is the name of a branch, in letters, digits, '.', '-', '_' and '/'; got {revision!r}"
+        )
+    if not where or (not Path(where).is_dir() and where not in list_checkpoints()):
+        raise ValueError(f"{where!r} is neither a folder nor one of {', '.join(list_checkpoints())}")
     folder = find(where).resolve()
     if problems := missing(folder):
         raise ValueError("\n  ".join([f"{folder} is not published, for:", *problems]))
@@ -102,11 +119,12 @@ def _send(folder: Path, repository: str, private: bool, revision: str | None) ->
 
 def _explanation(repository: str, error: Exception) -> str:
     if isinstance(error, OutOfTime):
-        return f"the Hub at {constants.ENDPOINT} did not take {repository} in time; look after the network, try again"
+        return (
+            f"the Hub at {constants.ENDPOINT} did not answer for {repository} in time. {UNKNOWN}; look after the "
+            "network, and publish again to see"
+        )
     # What a thread of the client met is the cause of what the client says.
     if {status_of(error), status_of(error.__cause__)} & {401, 403}:
         return f"{repository} is misspelt or not yours to write: log in with a token that may (hf auth login)"
-    return (
-        f"the Hub at {constants.ENDPOINT} did not take {repository} ({type(error).__name__}: {error}); what was "
-        "published before is as it was"
-    )
+    after = "What was published before is as it was" if status_of(error) else f"{UNKNOWN}; publish again to see"
+    return f"the Hub at {constants.ENDPOINT} did not take {repository} ({type(error).__name__}: {error}). {after}"
