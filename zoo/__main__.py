@@ -7,10 +7,13 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from fractions import Fraction
 from pathlib import Path
 
 import torch
 from rich.console import Console
+from rich.markdown import Markdown
+from rich.progress import Progress, TimeElapsedColumn
 from rich.table import Table
 from torch import Tensor
 
@@ -22,12 +25,15 @@ from zoo.cards import model_card
 from zoo.checkpoints import CARD, PRETRAINED, find_local, read_config, write_whole
 from zoo.classifier import CALIBRATION_IMAGES, origin
 from zoo.cli import command_of, interrupted, portable, readable_errors
-from zoo.data import DATA, Digits, sample_files
+from zoo.data import DATA, Digits, ImageData, sample_files
 from zoo.export import check_absent, check_name, export, measure, measured_data, recorded_data
 from zoo.models import PLAIN
 from zoo.plots import plot_operators, plot_predictions
+from zoo.probes import NEEDS, optional
 from zoo.publish import publish
 from zoo.reports import write_reports
+from zoo.robustness import EPS, Result, chosen_steps, companions_of, evaluate
+from zoo.robustness_report import card_record, draw, draw_attacked, report
 from zoo.sources import convert, licence_of, start_from
 from zoo.tables import RESULTS, list_tables, read_table, result_path, run_table
 from zoo.training import LEAST_SECONDS, Device, train_zoo
@@ -103,6 +109,31 @@ def main() -> None:
     command.add_argument("--licence", help="of the weights, to be recorded, too")
     command.set_defaults(function=measure_checkpoint)
 
+    command = commands.add_parser("robustness", help="attack a checkpoint and say how far to believe the outcome")
+    command.description = (
+        "Attack a checkpoint, tell the worst case of each image, and look for masked gradients. A killed run goes on."
+    )
+    command.add_argument("name", help="the checkpoint's name or folder")
+    command.add_argument("--data", help=f"one of {', '.join(DATA)}; by default what it was measured on")
+    command.add_argument("--root", help="the folder of the images")
+    command.add_argument("--attack", action="append", default=[], help="only this one (several times for more)")
+    command.add_argument("--eps", type=pixels, default=EPS, help="largest change of a pixel (default: 8/255)")
+    command.add_argument("--limit", type=positive(int), default=1000, help="test images (default: %(default)s)")
+    command.add_argument(
+        "--effort-limit", type=positive(int), default=100, help="of these, for the L2 attacks (default: %(default)s)"
+    )
+    command.add_argument(
+        "--transfer", action="append", metavar="NAME", help="network to take images from; the twin and another if known"
+    )
+    command.add_argument("--device", default="auto", help="auto, cpu or cuda (default: %(default)s)")
+    command.add_argument(
+        "--to", type=Path, default=OUTPUTS / "robustness", help="folder of the result (default: %(default)s)"
+    )
+    command.add_argument(
+        "--record", action="store_true", help="write the outcome into the checkpoint's config and card"
+    )
+    command.set_defaults(function=attack_checkpoint)
+
     command = commands.add_parser("publish", help="put a checkpoint into a repository of the Hugging Face Hub")
     command.description = "Check a checkpoint, put it into a Hub repository in one commit, and print the commit to pin."
     command.add_argument("name", help="the checkpoint's name or folder")
@@ -135,7 +166,7 @@ def main() -> None:
     command.set_defaults(function=train_table)
 
     command = commands.add_parser("reports", help="write the generated parts of README.md and docs/results.md")
-    command.set_defaults(function=report)
+    command.set_defaults(function=write_pages)
 
     command = commands.add_parser("demo", help="load a Digits checkpoint by torch.hub and classify held-out digits")
     command.add_argument("folder", help="a checkpoint folder or name, trained on Digits")
@@ -262,22 +293,75 @@ def read_classes(path: Path, count: int) -> list[str]:
     return names
 
 
+def chosen_data(arguments: argparse.Namespace, title: str | None = None) -> ImageData:
+    """Return the data module that the command line names, which takes images as the network does."""
+    kind, settings = arguments.data or "ImageFolder", {}
+    if kind == "ImageFolder":
+        spec = zoo.load(arguments.name).spec
+        settings = {"input_size": spec.input_size, "in_chans": spec.in_chans, "title": title}
+    elif title:
+        raise ValueError(f"--title is that of an ImageFolder; {kind} has its own")
+    return recorded_data({"name": kind, "arguments": settings}, arguments.root)
+
+
 def measure_checkpoint(arguments: argparse.Namespace) -> None:
     folder = find_local(arguments.name)
     if not (arguments.data or arguments.root) and read_config(folder)["metrics"]:
         data = measured_data(arguments.name, arguments.root)
     else:
-        kind, settings = arguments.data or "ImageFolder", {}
-        if kind == "ImageFolder":
-            spec = zoo.load(folder).spec
-            settings = {"input_size": spec.input_size, "in_chans": spec.in_chans, "title": arguments.title}
-        elif arguments.title:
-            raise ValueError(f"--title is that of an ImageFolder; {kind} has its own")
-        data = recorded_data({"name": kind, "arguments": settings}, arguments.root)
+        data = chosen_data(arguments, title=arguments.title)
     show_metrics(measure(arguments.name, data))
     if arguments.licence:
         zoo.record(arguments.name, licence=arguments.licence)
     print(f"recorded: {zoo.find(arguments.name)}")
+
+
+def attack_checkpoint(arguments: argparse.Namespace) -> None:
+    steps = chosen_steps(arguments.attack, arguments.eps)
+    for extra in ("foolbox", "pyautoattack"):
+        if any(step.probe in NEEDS[extra] for step in steps):
+            optional(extra)
+    if arguments.record:
+        find_local(arguments.name)
+    data = chosen_data(arguments) if arguments.data else measured_data(arguments.name, arguments.root)
+    device = Device.choose(arguments.device, compile=False).name
+    others = companions_of(arguments.name) if arguments.transfer is None else arguments.transfer
+    steps = [step for step in steps if others or step.probe != "transfer"]
+    settings = {"eps": arguments.eps, "limit": arguments.limit, "effort_limit": arguments.effort_limit}
+    with Progress(*Progress.get_default_columns(), TimeElapsedColumn(), transient=True) as bar:
+        task = bar.add_task("")
+
+        def tell(step: str, done: int, total: int) -> None:
+            bar.update(task, description=step, completed=done, total=total)
+
+        settings |= {"others": others, "device": device, "work": arguments.to / "work", "tell": tell}
+        result = evaluate(arguments.name, data, steps, **settings)
+    name = result.about["checkpoint"]
+    stem = arguments.to / name
+    result.write(stem.with_suffix(".json"))
+    twin_name = next((other for other in others if other.endswith(f"_{PLAIN}")), None)
+    path = arguments.to / f"{twin_name}.json"
+    twin = Result.read(path) if twin_name and path.is_file() else None
+    write_whole(stem.with_suffix(".md"), report(result, twin))
+    written = [stem.with_suffix(".json"), stem.with_suffix(".md"), *draw([result, *([twin] if twin else [])], stem)]
+    written.append(stem.with_name(f"{name}_images.png"))
+    model = zoo.load(arguments.name)
+    draw_attacked(model, *data.evenly_spaced("test", arguments.limit), arguments.eps, written[-1])
+    if arguments.record:
+        zoo.record(arguments.name, robustness=card_record(result))
+    Console().print(Markdown(report(result, twin)))
+    for path in written:
+        print(f"written: {path}")
+
+
+def pixels(text: str) -> float:
+    """Read a change of pixels from the command line, such as 8/255 or 0.03."""
+    try:
+        if 0 < (value := float(Fraction(text))) <= 1:
+            return value
+    except (ValueError, ZeroDivisionError):
+        pass
+    raise argparse.ArgumentTypeError(f"must be a part of the range of pixels, above 0 and up to 1, got {text!r}")
 
 
 def publish_checkpoint(arguments: argparse.Namespace) -> None:
@@ -352,7 +436,7 @@ def telling_how_to_go_on() -> Iterator[None]:
         raise
 
 
-def report(arguments: argparse.Namespace) -> None:
+def write_pages(arguments: argparse.Namespace) -> None:
     for path in write_reports():
         print(f"written: {os.path.relpath(path)}")
 

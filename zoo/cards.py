@@ -54,6 +54,12 @@ def model_card(config: Mapping[str, Any]) -> str:
     ]
     facts.append(("parameters", f"{config['parameters']:,}"))
     facts.append(("mean and std of the pixels", f"{config['mean']}, {config['std']}"))
+    if robustness := config.get("robustness"):
+        where = f"pixels changed by at most {robustness['eps']}, {robustness['images']} test images"
+        shares = {**robustness["accuracy"], "the worst of all attacks": robustness["worst_case"]}
+        facts += [(f"accuracy under {attack}, {where}", f"{share:.3f}") for attack, share in shares.items()]
+        doubts = "; ".join(robustness["suspected"])
+        facts.append(("masked gradients", f"suspected: {doubts}" if doubts else "not suspected"))
     if "speed" in config:
         speed = config["speed"]
         for mode in ("eager", "compiled"):

@@ -35,7 +35,7 @@ PRETRAINED = Path(__file__).parent / "pretrained"
 PUBLISHED = PRETRAINED / "published.json"
 
 # Fields of config.json that may come after the weights.
-RECORDED = ("licence", "measured_on", "metrics", "speed")
+RECORDED = ("licence", "measured_on", "metrics", "robustness", "speed")
 
 # Arguments of timm that fetch other weights; a checkpoint has its own.
 FOREIGN_SOURCES = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"}
@@ -209,8 +209,8 @@ def record(where: str | os.PathLike[str], **facts: Any) -> None:
 
     Args:
         facts: by its name in ``RECORDED``, as JSON-able values: ``licence`` of the weights; ``metrics`` as the
-            dictionaries of :class:`Metric`; ``measured_on``, the data module that gave them; ``speed``, images a second
-            and their ratio to the twin's.
+            dictionaries of :class:`Metric`; ``measured_on``, the data module that gave them; ``robustness``, what
+            ``python -m zoo robustness`` found; ``speed``, images a second and their ratio to the twin's.
 
     Raises:
         ValueError: no such checkpoint, another name, or a Hub repository, of which others than its owner have a copy.

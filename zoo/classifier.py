@@ -1,5 +1,6 @@
 """The Lightning module: one model of the zoo, its loss, optimiser and schedule."""
 
+import dataclasses
 import functools
 import math
 import os
@@ -15,6 +16,7 @@ from typing import Any, Literal
 import lightning as L
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
@@ -23,6 +25,7 @@ from torchvision.transforms.v2 import MixUp
 
 from operators import DecoupledConv2d, calibrate, decoupled_layers, filter_norm
 from operators.convert import classifier_layers
+from zoo.adversarial import AdversarialTraining, OverfittingAlarm
 from zoo.checkpoints import CONFIG, list_checkpoints
 from zoo.data import ImageData, given_arguments
 from zoo.models import PLAIN, ImageModel, ModelSpec, build
@@ -68,6 +71,8 @@ class Classifier(L.LightningModule):
             (Zhang et al., mixup, 2018; 0.2 is usual); 0 for none.
         orthogonality: factor of the penalty ½‖ŴᵀŴ - I‖² on the normalised filters of each decoupled layer; the authors
             use 1e-5.
+        adversarial: train on attacked images, as its fields say: attack ("pgd" or "fgsm"), eps, steps, step. Validation
+            images are attacked after each epoch, with a warning if the network only seems to resist.
         compile: train with torch.compile, which takes some seconds to a minute to begin with. Validation stays eager.
 
     Raises:
@@ -92,6 +97,7 @@ class Classifier(L.LightningModule):
         label_smoothing: float = 0.0,
         mixup: float = 0.0,
         orthogonality: float = 0.0,
+        adversarial: AdversarialTraining | None = None,
         compile: bool = False,
     ) -> None:
         super().__init__()
@@ -125,7 +131,12 @@ class Classifier(L.LightningModule):
                 f"init_from {init_from} has an architecture already; leave out {' and '.join(ignored)}, or leave out "
                 "init_from to train a new network"
             )
+        if adversarial and mixup:
+            raise ValueError("mixed images have no class to be attacked; leave out mixup or adversarial")
         self.save_hyperparameters()
+        # Checkpoints hold plain values.
+        self.hparams.adversarial = dataclasses.asdict(adversarial) if adversarial else None
+        self.adversarial = adversarial
         self.model: ImageModel | None = None
         # What the command line of train.py replaces by its own.
         self.command = shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
@@ -148,6 +159,8 @@ class Classifier(L.LightningModule):
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> Tensor:
         images, labels = self.mix(*batch) if self.hparams.mixup else batch
+        if self.adversarial:
+            images = self.adversarial.perturb(self.model, images, labels)
         loss = F.cross_entropy(self.training_forward(images), labels, label_smoothing=self.hparams.label_smoothing)
         self.log("train_loss", loss, prog_bar=True)
         if self.hparams.orthogonality:
@@ -163,6 +176,9 @@ class Classifier(L.LightningModule):
     def predict_step(self, batch: Tensor, batch_index: int) -> Tensor:
         """Return the probability of each class, (N, num_classes)."""
         return self.model(batch).softmax(1)
+
+    def configure_callbacks(self) -> list[Callback]:
+        return [OverfittingAlarm(self.adversarial)] if self.adversarial else []
 
     def configure_optimizers(self) -> dict[str, Any]:
         settings = self.hparams
@@ -243,6 +259,7 @@ class Classifier(L.LightningModule):
                 "epochs": self.current_epoch + 1,
                 "command": " && ".join([*self.earlier_commands, self.command]),
                 "seed": int(os.environ.get("PL_GLOBAL_SEED", -1)),
+                **self._of_adversarial_training(),
                 **origin(self.device),
             },
         }
@@ -274,6 +291,11 @@ class Classifier(L.LightningModule):
         self._set_model(spec.build())
         if stage == "predict" and self._trainer:
             self._announce()
+
+    def _of_adversarial_training(self) -> dict[str, Any]:
+        """Return how images were attacked and what was alarming, if they were."""
+        found = [callback.alarms for callback in self.trainer.callbacks if isinstance(callback, OverfittingAlarm)]
+        return {"adversarial": self.hparams.adversarial, "alarms": found[0]} if found else {}
 
     @property
     def _frozen(self) -> bool:

@@ -208,10 +208,18 @@ class ImageData(L.LightningDataModule, abc.ABC):
         Raises:
             ValueError: ``count`` is below 1.
         """
+        return self.evenly_spaced("train", count)[0]
+
+    def evenly_spaced(self, split: str, count: int) -> tuple[Tensor, Tensor]:
+        """Return up to ``count`` images and labels of "train", "val" or "test", as :meth:`sample` does.
+
+        Raises:
+            ValueError: ``count`` is below 1.
+        """
         if count < 1:
             raise ValueError(f"count must be at least 1, got {count}")
-        images = self.split("train")
-        return self._as_evaluated(images.__getitems__(evenly_spaced(count, len(images)))[0])
+        images, labels = self.split(split).__getitems__(evenly_spaced(count, len(self.split(split))))
+        return self._as_evaluated(images), labels
 
     def hold_out(self, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Return the indices kept for training and those held out for validation, each class in its share."""

@@ -12,8 +12,8 @@ from zoo.classifier import check_data, read_lightning_checkpoint, read_record
 from zoo.data import DATA, ImageData
 from zoo.models import ImageModel, ModelSpec
 
-# Bytes of weights that an embedded checkpoint may have.
-LARGEST_EMBEDDED = 4 * 2**20
+# Weights of more bytes are embedded in float16, for all checkpoints together have 40 MiB.
+LARGEST_IN_FLOAT32 = 2**20
 
 # Arguments of data modules that hold on one machine only, or for one use.
 MACHINE_ARGUMENTS = ("predict", "download", "num_workers", "memory_limit_mb")
@@ -35,8 +35,8 @@ def export(
         folder: its last part is called ``<data>_<architecture>_<operator>``.
         data: the images it was trained on, if they are at hand; otherwise they are read as the checkpoint records.
         root: the folder of the images, if it has moved since the training.
-        precision: "float32", or "float16": weights are then rounded before they are measured. None is float32 where
-            that takes no more bytes than an embedded checkpoint may.
+        precision: "float32", or "float16": weights are then rounded before they are measured. None is what an
+            embedded checkpoint has, float32 only if it is small.
         licence: of the weights; that of the images by default.
         overwrite: replace a folder that exists.
 
@@ -50,7 +50,7 @@ def export(
     check_absent(folder, overwrite)
     if precision is None:
         size = sum(tensor.nbytes for tensor in model.state_dict().values())
-        precision = "float32" if size <= LARGEST_EMBEDDED else "float16"
+        precision = "float32" if size <= LARGEST_IN_FLOAT32 else "float16"
     if precision == "float16":
         zoo.round_weights(model)
     data = data or recorded_data(record["data"], root)

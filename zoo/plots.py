@@ -137,6 +137,61 @@ def plot_features(panels: Mapping[str, Sequence[Sequence[float]]], path: Path) -
     _write(figure, path)
 
 
+@matplotlib.rc_context(STYLE)
+def plot_curves(curves: Mapping[str, Mapping[float, float]], path: Path) -> None:
+    """Write a PNG of the accuracy over ε, in grey levels, one line a checkpoint."""
+    figure = Figure(figsize=(8, 3.6), layout="constrained")
+    axes = figure.subplots()
+    for name, shares in curves.items():
+        axes.plot([255 * eps for eps in shares], [100 * share for share in shares.values()], marker="o", label=name)
+    axes.set_xscale("symlog", base=2, linthresh=1)
+    axes.set_xticks([0, 1, 2, 4, 8, 16, 32, 64, 128], ["0", "1", "2", "4", "8", "16", "32", "64", "128"])
+    axes.set(xlabel="largest change of a pixel ε, in levels of 255", ylabel="accuracy, %", ylim=(-2, 102))
+    axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    _write(figure, path)
+
+
+@matplotlib.rc_context(STYLE)
+def plot_efforts(efforts: Mapping[str, Sequence[float]], path: Path) -> None:
+    """Write a PNG of how far in L2 the nearest mistakes are: for each checkpoint quartiles and every image."""
+    figure = Figure(figsize=(8, 1.2 + 0.5 * len(efforts)), layout="constrained")
+    axes = figure.subplots()
+    axes.boxplot(list(efforts.values()), orientation="horizontal", tick_labels=list(efforts), showfliers=False)
+    for place, lengths in enumerate(efforts.values(), 1):
+        axes.scatter(lengths, [place + 0.3] * len(lengths), s=6, alpha=0.5, color="C0")
+    axes.set(xlabel="L2 distance of an image to the nearest mistake", xlim=(0, None))
+    axes.invert_yaxis()
+    _write(figure, path)
+
+
+@matplotlib.rc_context(STYLE)
+def plot_attacked(
+    images: Tensor, moved: Tensor, names: Sequence[str], mistaken: Sequence[str], title: str, path: Path
+) -> None:
+    """Write a PNG of images, what was added to them, amplified, and the sums, with the predicted classes.
+
+    Args:
+        images, moved: (N, C, H, W) in [0, 1].
+        names, mistaken: what the network calls them.
+    """
+    figure = Figure(figsize=(1 + 1.7 * len(images), 5.2), layout="constrained")
+    figure.suptitle(title)
+    change = moved - images
+    amplified = 0.5 + 0.5 * change / change.abs().max().clamp_min(1e-12)
+    grid = figure.subplots(3, len(images), squeeze=False)
+    for row, (kind, pictures, titles) in enumerate(
+        [("image", images, names), ("change, amplified", amplified, [""] * len(names)), ("sum", moved, mistaken)]
+    ):
+        for column, (axes, picture, text) in enumerate(zip(grid[row], pictures, titles, strict=True)):
+            axes.imshow(picture.permute(1, 2, 0).numpy(), cmap="gray", vmin=0, vmax=1)
+            axes.set_title(text, fontsize=9, color=WRONG if row == 2 and text != names[column] else "black")
+            axes.set_xticks([])
+            axes.set_yticks([])
+            if column == 0:
+                axes.set_ylabel(kind)
+    _write(figure, path)
+
+
 def _write(figure: Figure, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)

@@ -1,0 +1,285 @@
+"""How robust a checkpoint is: each image under each attack, whatever was measured before being kept."""
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import zoo
+from operators.lookup import unknown_name
+from zoo.checkpoints import read_config, write_whole
+from zoo.classifier import check_data, origin
+from zoo.data import ImageData
+from zoo.models import PLAIN
+from zoo.probes import ATTACKS, EFFORTS, PROBES, Subject
+
+# In units of pixels in [0, 1]: the largest change of a pixel unless another is asked for, those at which FGSM and BIM
+# are compared with the paper, and those of the curve.
+EPS = 8 / 255
+PAPER_EPS = tuple(level / 255 for level in (2, 4, 8, 16))
+CURVE_EPS = tuple(level / 255 for level in (0, 1, 2, 4, 8, 16, 32, 64, 128))
+BATCH = 50
+# In all places of the seed but the last ones, so that no two batches share one.
+SEED = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One measurement of all images: a name of ``zoo.probes.PROBES`` and, if that depends on it, ε."""
+
+    probe: str
+    eps: float | None = None
+
+    @property
+    def key(self) -> str:
+        return self.probe if self.eps is None else f"{self.probe}@{self.eps:.6f}"
+
+
+def protocol(eps: float = EPS) -> list[Step]:
+    """Return all that is measured, what costs least first."""
+    steps = [Step("batch_dependence"), Step("gradient_norm"), *(Step(attack, eps) for attack in ATTACKS[:6])]
+    steps += [Step(attack, level) for level in PAPER_EPS for attack in ("fgsm", "bim", "bim_quarter")]
+    steps += [Step("curve", level) for level in CURVE_EPS]
+    steps += [Step(name, eps) for name in ("pgd_long", "pgd_double", *ATTACKS[6:])]
+    return list(dict.fromkeys([*steps, *map(Step, EFFORTS)]))
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What was measured of a checkpoint.
+
+    Attributes:
+        about: checkpoint, sha256, data set, split, number of images, ε, whether it was trained on attacked images, what
+            it was measured on and with.
+        values: by the key of each step one number for each image, of which the first ones come first.
+        flags: what AutoAttack found suspicious.
+    """
+
+    about: Mapping[str, Any]
+    values: Mapping[str, Tensor]
+    flags: Sequence[str] = ()
+
+    @property
+    def eps(self) -> float:
+        return self.about["eps"]
+
+    def of(self, probe: str, eps: float | None = None) -> Tensor | None:
+        """Return the values of a step, at the result's ε if it has one; None if it was not measured."""
+        found = self.values.get(Step(probe, eps).key)
+        return self.values.get(Step(probe, self.eps).key) if found is None and eps is None else found
+
+    def accuracy(self, probe: str, eps: float | None = None) -> float | None:
+        """Return the share of images that the network names right under an attack."""
+        values = self.of(probe, eps)
+        return None if values is None else values.mean().item()
+
+    def worst(self, attacks: Iterable[str] = ATTACKS) -> Tensor:
+        """Return 1 for each image that is named right under all of these attacks that were measured, else 0."""
+        measured = [values for values in map(self.of, attacks) if values is not None]
+        return torch.stack(measured).amin(0)
+
+    def curve(self) -> dict[float, float]:
+        """Return the accuracy at each ε of the curve that was measured."""
+        shares = {eps: self.accuracy("curve", eps) for eps in CURVE_EPS}
+        return {eps: share for eps, share in shares.items() if share is not None}
+
+    def effort(self) -> Tensor | None:
+        """Return how far in L2 the nearest mistake is that any attack found of each image; None if none was tried."""
+        measured = [values for values in map(self.of, EFFORTS) if values is not None]
+        images = min(map(len, measured), default=0)
+        return torch.stack([values[:images] for values in measured]).amin(0) if measured else None
+
+    def write(self, path: Path) -> None:
+        """Write it as JSON: of attacks one digit an image, of lengths five decimals."""
+        packed = {key: _packed(values) for key, values in self.values.items()}
+        record = {**self.about, "flags": list(self.flags), "values": packed}
+        write_whole(path, json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+    @classmethod
+    def read(cls, path: Path) -> "Result":
+        """Return a result that :meth:`write` wrote.
+
+        Raises:
+            ValueError: a file that is none.
+        """
+        try:
+            about = json.loads(path.read_text(encoding="utf-8"))
+            values = {key: _unpacked(packed) for key, packed in about.pop("values").items()}
+            return cls(about, values, about.pop("flags"))
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} holds no result of python -m zoo robustness ({error!r}); remove it") from error
+
+
+class Ledger:
+    """A file to which the numbers of each batch are added as they come, so that a killed run loses one batch at most.
+
+    Args:
+        path: the file.
+        identity: what the numbers are of. Those of anything else are thrown away.
+    """
+
+    def __init__(self, path: Path, identity: Mapping[str, Any]) -> None:
+        self.path = path
+        self.rows: dict[tuple[str, int], dict[str, Any]] = {}
+        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        whole = [row for row in map(_parsed, lines) if row is not None]
+        if whole[:1] != [dict(identity)]:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(path, json.dumps(identity) + "\n")
+            return
+        self.rows = {(row["key"], row["start"]): row for row in whole[1:]}
+        # A line that a kill has cut off would spoil the next one.
+        write_whole(path, "".join(json.dumps(row) + "\n" for row in whole))
+
+    def add(self, key: str, start: int, values: Tensor, flags: Sequence[str]) -> None:
+        row = {"key": key, "start": start, "values": [_finite(value) for value in values.tolist()], "flags": [*flags]}
+        self.rows[key, start] = row
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def evaluate(
+    where: str | Path,
+    data: ImageData,
+    steps: Sequence[Step],
+    *,
+    eps: float = EPS,
+    limit: int | None = 1000,
+    effort_limit: int | None = 100,
+    others: Sequence[str] = (),
+    device: torch.device | str = "cpu",
+    work: Path,
+    tell: Callable[[str, int, int], None] = lambda step, done, total: None,
+) -> Result:
+    """Measure a checkpoint on test images, evenly spaced over the test split.
+
+    The network is in evaluation mode, in float32 and not compiled; TF32 is off; every draw follows from fixed seeds.
+
+    Args:
+        where: as :func:`zoo.load` takes it.
+        data: images of its classes, channels and size.
+        steps: what to measure, as :func:`protocol` returns it.
+        eps: of the headline.
+        limit: at most so many images; None for all.
+        effort_limit: of the L2 attacks, which take thousands of steps, at most so many of these.
+        others: checkpoints whose adversarial images are tried on this one.
+        work: folder in which the numbers of each batch are kept.
+        tell: is told the step, and how many batches of how many are done.
+
+    Raises:
+        ValueError: no such checkpoint, images that are not the network's, or a limit below 1.
+    """
+    for name, number in {"limit": limit, "effort_limit": effort_limit}.items():
+        if number is not None and number < 1:
+            raise ValueError(f"{name} must be at least 1, got {number}")
+    model = zoo.load(where, device=device)
+    check_data(model.spec, data)
+    config = read_config(zoo.find(where))
+    companions = {name: zoo.load(name, device=device) for name in others}
+    images, labels = data.evenly_spaced("test", limit or len(data.split("test")))
+    content = hashlib.sha256(images.numpy().tobytes() + labels.numpy().tobytes()).hexdigest()
+    identity = {"sha256": config["sha256"], "images": content, "others": list(others), "device": str(device)}
+    ledger = Ledger(work / f"{Path(os.fspath(where)).name}.jsonl", {**identity, "batch": BATCH, "seed": SEED})
+    tasks = []
+    for step in steps:
+        count = min(len(labels), effort_limit or len(labels)) if step.probe in EFFORTS else len(labels)
+        tasks += [(step, start, min(start + BATCH, count)) for start in range(0, count, BATCH)]
+    with _exact_arithmetic():
+        for done, (step, start, stop) in enumerate(tasks):
+            tell(step.key, done, len(tasks))
+            if (row := ledger.rows.get((step.key, start))) and len(row["values"]) >= stop - start:
+                continue
+            subject = Subject(model, companions)
+            batch = images[start:stop].to(device), labels[start:stop].to(device)
+            values = PROBES[step.probe](subject, *batch, step.eps or 0.0, SEED + start)
+            ledger.add(step.key, start, values.cpu(), subject.flags)
+    tell("done", len(tasks), len(tasks))
+    values: dict[str, list[float]] = {}
+    flags: list[str] = []
+    for step, start, stop in tasks:
+        row = ledger.rows[step.key, start]
+        values.setdefault(step.key, []).extend(map(_number, row["values"][: stop - start]))
+        flags += [flag for flag in row["flags"] if flag not in flags]
+    about = {
+        "checkpoint": config["name"],
+        "sha256": config["sha256"],
+        "data": data.title,
+        "split": "test",
+        "images": len(labels),
+        "in_chans": data.in_chans,
+        "eps": eps,
+        "others": list(others),
+        "adversarial": config["training"].get("adversarial"),
+        **origin(torch.device(device)),
+    }
+    return Result(about, {key: torch.tensor(numbers) for key, numbers in values.items()}, flags)
+
+
+def companions_of(name: str) -> list[str]:
+    """Return the embedded checkpoints of the same data and architecture as this one: the plain twin, and one other."""
+    try:
+        config = read_config(zoo.find(name))
+    except ValueError:
+        return []
+    operator = config["operator"]
+    suffix = operator if isinstance(operator, str) else f"{operator['magnitude']}_{operator['angular']}"
+    family = config["name"].removesuffix(suffix)
+    relatives = [other for other in zoo.list_checkpoints() if other.startswith(family) and other != config["name"]]
+    return sorted(relatives, key=lambda other: other != family + PLAIN)[:2]
+
+
+def chosen_steps(names: Sequence[str], eps: float) -> list[Step]:
+    """Return the steps of the protocol with these names, "clean" among them; all of them if none is given.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    legal = list(dict.fromkeys(step.probe for step in protocol(eps)))
+    for name in names:
+        if name not in legal:
+            raise ValueError(unknown_name("attack", name, legal))
+    return [step for step in protocol(eps) if not names or step.probe in (*names, "clean")]
+
+
+def _packed(values: Tensor) -> str | list[float | None]:
+    if ((values == 0) | (values == 1)).all():
+        return "".join(str(int(value)) for value in values)
+    return [_finite(float(f"{value:.5g}")) for value in values.tolist()]
+
+
+def _unpacked(packed: str | list[float | None]) -> Tensor:
+    return torch.tensor([_number(value) if value is None else float(value) for value in packed])
+
+
+def _finite(value: float) -> float | None:
+    """JSON has no infinity."""
+    return value if math.isfinite(value) else None
+
+
+def _number(value: float | None) -> float:
+    return math.inf if value is None else value
+
+
+def _parsed(line: str) -> dict[str, Any] | None:
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None
+
+
+class _exact_arithmetic:
+    """While it lasts, products are computed in full float32."""
+
+    def __enter__(self) -> None:
+        self.before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+
+    def __exit__(self, *_: object) -> None:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = self.before

@@ -1,0 +1,180 @@
+"""What ``python -m zoo robustness`` shows of a result: tables in Markdown and pictures."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zoo.attacks import pgd
+from zoo.cards import markdown_table
+from zoo.masking import checks, suspected
+from zoo.models import ImageModel
+from zoo.plots import plot_attacked, plot_curves, plot_efforts
+from zoo.probes import ATTACKS, EFFORTS, STEPS, TITLES, step_size
+from zoo.reports import interval
+from zoo.robustness import PAPER_EPS, Result
+
+# Of a card, by the names of probes.
+ON_CARDS = {"fgsm": "FGSM", "bim": "BIM", "pgd": "PGD-50×5", "autoattack": "AutoAttack"}
+# For comparison with the paper only; the headline is the worst case.
+COMPARED = ("fgsm", "bim", "bim_quarter")
+
+
+def level(eps: float) -> str:
+    """Return ε as people write it: in grey levels of 255, if it is a whole number of them."""
+    grey = round(255 * eps)
+    return f"{grey}/255" if abs(255 * eps - grey) < 1e-6 else f"{eps:g}"
+
+
+def with_interval(values: Tensor) -> str:
+    """Return the share of ones in percent, with Wilson's 95 % interval."""
+    share = values.mean().item()
+    low, high = interval(share, len(values))
+    return f"{100 * share:.1f} ({100 * low:.1f}–{100 * high:.1f})"
+
+
+def headline(result: Result) -> str:
+    """Return in one sentence how many images are named right in the worst case, and whether to believe it."""
+    doubts = suspected(result)
+    believed = f"; masked gradients are suspected ({'; '.join(check.what for check in doubts)})" if doubts else ""
+    return (
+        f"{result.about['checkpoint']}: {with_interval(result.worst())} % of {result.about['images']} test images of "
+        f"{result.about['data']} are named right under every attack, with pixels changed by at most "
+        f"{level(result.eps)}{believed}."
+    )
+
+
+def attack_table(results: Sequence[Result]) -> str:
+    """Return the accuracy under each attack at each result's ε, one column a checkpoint, and the worst case."""
+    header = ("accuracy, %", *(result.about["checkpoint"] for result in results))
+    rows = []
+    for attack in ATTACKS:
+        cells = [result.of(attack) for result in results]
+        if any(values is not None for values in cells):
+            rows.append((TITLES[attack], *("–" if values is None else with_interval(values) for values in cells)))
+    rows.append(("**worst case of each image**", *(f"**{with_interval(result.worst())}**" for result in results)))
+    rows.append(("masked gradients", *("SUSPECTED" if suspected(result) else "not suspected" for result in results)))
+    return markdown_table(header, rows)
+
+
+def check_table(results: Sequence[Result]) -> str:
+    """Return every check of masking, one column a checkpoint."""
+    found = [{check.what: check for check in checks(result)} for result in results]
+    names = list(dict.fromkeys(name for one in found for name in one))
+    rows = []
+    for name in names:
+        cells = [one.get(name) for one in found]
+        limit = next(check.row()[2] for check in cells if check)
+        told = ("–" if check is None else f"{check.row()[1]}, {check.verdict}" for check in cells)
+        rows.append((name, limit, *told))
+    return markdown_table(("sign of masked gradients", "at most", *(r.about["checkpoint"] for r in results)), rows)
+
+
+def paper_table(results: Sequence[Result]) -> str:
+    """Return the accuracy under FGSM and BIM at several ε, for comparison with the paper, whose ε is not known."""
+    rows = []
+    for eps in PAPER_EPS:
+        for attack in COMPARED:
+            shares = [result.accuracy(attack, eps) for result in results]
+            if any(share is not None for share in shares):
+                cells = ("–" if share is None else f"{100 * share:.1f}" for share in shares)
+                rows.append((level(eps), TITLES[attack], *cells))
+    return markdown_table(("ε", "accuracy, %", *(r.about["checkpoint"] for r in results)), rows)
+
+
+def effort_table(results: Sequence[Result], twins: Mapping[str, Result]) -> str:
+    """Return how far the nearest mistake is, and how many times as far as the plain twin's.
+
+    Of the images that both name right; the interval of the ratio of medians is that of 2,000 bootstrap samples of
+    images.
+    """
+    header = ("L2 effort", "images", "lower quartile", "median", "upper quartile", "times the twin's (95 %)", "found")
+    rows = []
+    for result in results:
+        effort = result.effort()
+        if effort is None:
+            continue
+        right = effort > 0
+        found = effort[right].isfinite().float().mean().item() if right.any() else 1.0
+        quartiles = (f"{effort[right].quantile(q).item():.3f}" for q in (0.25, 0.5, 0.75))
+        twin = twins.get(result.about["checkpoint"])
+        compared = ratio_to_twin(effort, twin.effort()) if twin and twin.effort() is not None else "–"
+        rows.append((result.about["checkpoint"], str(int(right.sum())), *quartiles, compared, f"{100 * found:.0f} %"))
+    return markdown_table(header, rows)
+
+
+def ratio_to_twin(effort: Tensor, twin: Tensor) -> str:
+    """Return the ratio of the median efforts over the images that both name right, with its bootstrap interval."""
+    count = min(len(effort), len(twin))
+    effort, twin = effort[:count], twin[:count]
+    both = (effort > 0) & (twin > 0)
+    if not both.any():
+        return "–"
+    mine, theirs = effort[both], twin[both]
+    drawn = torch.randint(len(mine), (2000, len(mine)), generator=torch.Generator().manual_seed(0))
+    ratios = mine[drawn].median(1).values / theirs[drawn].median(1).values
+    low, high = ratios.quantile(0.025).item(), ratios.quantile(0.975).item()
+    return f"{(mine.median() / theirs.median()).item():.2f} ({low:.2f}–{high:.2f})"
+
+
+def card_record(result: Result) -> dict[str, Any]:
+    """Return what the card says of a result, as JSON-able values."""
+    shares = {title: result.accuracy(attack) for attack, title in ON_CARDS.items()}
+    return {
+        "eps": level(result.eps),
+        "images": result.about["images"],
+        "accuracy": {title: share for title, share in shares.items() if share is not None},
+        "worst_case": result.worst().mean().item(),
+        "suspected": [check.what for check in suspected(result)],
+    }
+
+
+def report(result: Result, twin: Result | None) -> str:
+    """Return everything about one result in Markdown, beside its plain twin's if that was measured."""
+    both = [result, *([twin] if twin else [])]
+    twins = {result.about["checkpoint"]: twin} if twin else {}
+    parts = [
+        f"# How robust is {result.about['checkpoint']}?",
+        headline(result),
+        f"Images evenly spaced over the test split; {result.about['hardware']}, torch {result.about['torch']}. In "
+        "brackets Wilson's 95 % intervals. A network is as robust as the worst case says, and no more.",
+        f"## Accuracy with pixels changed by at most {level(result.eps)}",
+        attack_table(both),
+        "## Are gradients masked?",
+        check_table(both),
+    ]
+    if result.of("bim_quarter", PAPER_EPS[0]) is not None:
+        parts += ["## FGSM and BIM, for comparison with the paper", paper_table(both)]
+    if result.effort() is not None:
+        attacks = ", ".join(TITLES[name] for name in EFFORTS if result.of(name) is not None)
+        parts += ["## The nearest mistake in L2", f"The smallest of {attacks}.", effort_table(both, twins)]
+    return "\n\n".join(parts) + "\n"
+
+
+def draw(results: Sequence[Result], stem: Path) -> list[Path]:
+    """Write the pictures of results beside each other: accuracy over ε, and the efforts; return the files."""
+    written = []
+    curves = {result.about["checkpoint"]: result.curve() for result in results if len(result.curve()) > 1}
+    if curves:
+        written.append(stem.with_name(f"{stem.name}_curve.png"))
+        plot_curves(curves, written[-1])
+    efforts = {r.about["checkpoint"]: effort for r in results if (effort := r.effort()) is not None}
+    shown = {name: lengths[(lengths > 0) & lengths.isfinite()].tolist() for name, lengths in efforts.items()}
+    if any(shown.values()):
+        written.append(stem.with_name(f"{stem.name}_effort.png"))
+        plot_efforts({name: lengths for name, lengths in shown.items() if lengths}, written[-1])
+    return written
+
+
+def draw_attacked(model: ImageModel, images: Tensor, labels: Tensor, eps: float, path: Path) -> None:
+    """Write a picture of images that the network names right, what PGD adds to them, and what it then calls them."""
+    with torch.no_grad():
+        right = (model(images).argmax(1) == labels).nonzero()[:6, 0]
+    images, labels = images[right], labels[right]
+    moved = pgd(model, images, labels, eps, step=step_size(eps, STEPS), steps=STEPS)
+    with torch.no_grad():
+        guesses = [model(batch).argmax(1).tolist() for batch in (images, moved)]
+    names = [[model.class_names[guess] for guess in each] for each in guesses]
+    plot_attacked(images.cpu(), moved.cpu(), *names, f"PGD-{STEPS}, ε = {level(eps)}", path)
