@@ -42,6 +42,12 @@ PAPER_ROWS = {
         "modified": [12.10, 11.55, 11.50, 11.10],
         "modified, no BatchNorm": ["N/C", 13.30, "N/C", 12.79],
     },
+    "robustness": {
+        "convolution": [85.35, 83.70],
+        "SphereConv": [88.58, 87.41],
+        "BallConv": [91.13, 87.47],
+        "TanhConv": [91.45, 87.54],
+    },
 }
 
 
@@ -55,7 +61,7 @@ def here(tmp_path, monkeypatch):
 def test_the_papers_numbers_are_the_papers(name):
     table = read_table(name)
     for row, numbers in PAPER_ROWS[name].items():
-        assert [table.paper.get((row, column)) for column in table.columns] == numbers
+        assert [table.of_paper(row, column, table.metrics[0]) for column in table.columns] == numbers
     assert set(PAPER_ROWS[name]) == set(table.rows)
 
 
@@ -84,6 +90,11 @@ def test_a_cell_is_its_row_and_column_and_nothing_else_differs(name, scale):
         if name == "imagenet":
             assert model.pop("architecture") == ("resnet18" if cell.row == "standard" else "resnet18_modified")
             assert arguments.pop("batch_norm", True) == ("no BatchNorm" not in cell.row)
+        if name == "robustness":
+            attacks = model.pop("adversarial", None)
+            assert (attacks is None) == (cell.column == "natural") and (attacks or {"attack": "fgsm"})[
+                "attack"
+            ] == "fgsm"
         if name == "no_batchnorm":
             assert model["architecture"] == "cnn9_no_batchnorm"
         assert recipe.pop("seed_everything") == cell.seed

@@ -1,4 +1,4 @@
-"""What the paper's tables measure on test images, each as one number of which less is better."""
+"""What the paper's tables measure on test images, each as one number."""
 
 import dataclasses
 from collections.abc import Callable, Iterable
@@ -7,7 +7,11 @@ import torch
 from torch import Tensor
 
 from zoo.models import ImageModel
+from zoo.probes import PROBES, Subject
 
+# In units of pixels; the paper does not tell its own.
+EPS = 8 / 255
+ATTACKED_BATCH = 50
 # Features of so many images are enough to see their shape in a plot.
 DRAWN = 1000
 
@@ -20,14 +24,23 @@ class Answers:
         logits: (N, num_classes).
         features: what the classifier reads, (N, num_features).
         labels: (N,).
+        model: the network, in evaluation mode.
+        attacked: images of the test split, and their labels, that are attacked.
     """
 
     logits: Tensor
     features: Tensor
     labels: Tensor
+    model: ImageModel | None = None
+    attacked: tuple[Tensor, Tensor] | None = None
 
     @classmethod
-    def collect(cls, model: ImageModel, batches: Iterable[tuple[Tensor, Tensor]]) -> "Answers":
+    def collect(
+        cls,
+        model: ImageModel,
+        batches: Iterable[tuple[Tensor, Tensor]],
+        attacked: tuple[Tensor, Tensor] | None = None,
+    ) -> "Answers":
         """Return the answers to each batch, in evaluation mode on the model's device; the tensors are on the CPU."""
         logits, features, labels = [], [], []
         classifier = model.eval().network.get_classifier()
@@ -39,12 +52,28 @@ class Answers:
                     labels.append(wanted)
         finally:
             hook.remove()
-        return cls(torch.cat(logits), torch.cat(features), torch.cat(labels))
+        return cls(torch.cat(logits), torch.cat(features), torch.cat(labels), model, attacked)
 
     def error(self, top: int = 1) -> float:
         """Return the share of images whose class is not among the ``top`` likeliest, in percent."""
         likeliest = self.logits.topk(min(top, self.logits.shape[1]), dim=1).indices
         return 100 * (1 - (likeliest == self.labels.unsqueeze(1)).any(1).double().mean().item())
+
+    def accuracy(self) -> float:
+        """Return the share of images whose class is the likeliest, in percent."""
+        return 100 - self.error()
+
+    def attack(self, probe: str) -> Tensor:
+        """Return what a probe of ``zoo.probes`` finds of each attacked image, at ε = 8/255."""
+        images, labels = (tensor.to(self.model.mean.device) for tensor in self.attacked)
+        subject = Subject(self.model)
+        parts = zip(images.split(ATTACKED_BATCH), labels.split(ATTACKED_BATCH), strict=True)
+        return torch.cat([PROBES[probe](subject, *part, EPS, seed).cpu() for seed, part in enumerate(parts)])
+
+    def effort(self) -> float:
+        """Return the median L2 distance to the nearest mistake that DeepFool or DDN finds, of images named right."""
+        found = torch.stack([self.attack("deepfool"), self.attack("ddn")]).amin(0)
+        return found[found > 0].median().item()
 
     def top5_error(self) -> float:
         """Return the share of images whose class is not among the five likeliest, in percent."""
@@ -79,5 +108,10 @@ class Measure:
 MEASURES = {
     "error": Measure(Answers.error, "test error, %"),
     "top5_error": Measure(Answers.top5_error, "top-5 error, %"),
+    "accuracy": Measure(Answers.accuracy, "accuracy without an attack, %"),
+    "fgsm": Measure(lambda answers: 100 * answers.attack("fgsm").mean().item(), "under FGSM, %"),
+    "bim": Measure(lambda answers: 100 * answers.attack("bim").mean().item(), "under BIM, %"),
+    "pgd": Measure(lambda answers: 100 * answers.attack("curve").mean().item(), "under PGD-50, two losses, %"),
+    "effort": Measure(Answers.effort, "median L2 distance to the nearest mistake"),
     "spread": Measure(Answers.spread, "spread within a class ÷ distance between classes"),
 }

@@ -121,7 +121,9 @@ def plot_table(
     axes.invert_yaxis()
     for index, column in enumerate(columns):
         axes.scatter([], [], color=f"C{index}", label=column)
-    axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.02, 1), title="× not converged")
+    # A table of one column has no name for it.
+    if any(columns):
+        axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.02, 1), title="× not converged")
     _write(figure, path)
 
 

@@ -113,7 +113,7 @@ def table_markdown(table: Table, results: Results) -> str:
         for column in table.columns:
             for metric in table.metrics:
                 ours = cell_text(results, row, column, metric)
-                paper = table.paper.get((row, column)) if metric == table.metrics[0] else None
+                paper = table.of_paper(row, column, metric)
                 number = f"{paper:.2f}" if isinstance(paper, float) else paper
                 cells.append(ours if paper is None else f"{ours} ({number})")
         rows.append([row, *cells])
@@ -170,9 +170,10 @@ def draw(table: Table, results: Results, path: Path) -> None:
     for result in results:
         value = result[metric] if result["converged"] else math.nan
         ours.setdefault((result["row"], result["column"]), []).append(value)
-    paper = {place: [value if isinstance(value, float) else math.nan] for place, value in table.paper.items()}
+    first = {place: values[0] for place, values in table.paper.items()}
+    paper = {place: [value if isinstance(value, float) else math.nan] for place, value in first.items()}
     data = ", ".join(dict.fromkeys(result["data"] for result in results if result["data"]))
-    panels = {f"here: {data}": ours, f"the paper: {table.paper_data}": paper}
+    panels = {f"here: {data}": ours, **({f"the paper: {table.paper_data}": paper} if paper else {})}
     plot_table(table.rows, table.columns, panels, MEASURES[metric].title, path)
 
 

@@ -6,7 +6,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +30,13 @@ TIMES_CHANCE = 1.5
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """One training of a table: its place, its seed and its recipe."""
+    """One training of a table: its place, its seed and its recipe, and how many test images are attacked then."""
 
     row: str
     column: str
     seed: int
     recipe: dict[str, Any]
+    attacked: int = 1
 
     @property
     def name(self) -> str:
@@ -48,9 +49,9 @@ class Table:
     """An experiment of ``configs/tables``.
 
     Attributes:
-        metrics: names of :data:`zoo.measures.MEASURES`, the first of them the one that the paper has.
+        metrics: names of :data:`zoo.measures.MEASURES`.
         rows, columns: their names in order; each is a part of the recipe.
-        paper: the paper's number of a (row, column); a string where it has none, as "N/C".
+        paper: the paper's numbers of a (row, column), those of the first metrics; a string for none, as "N/C".
         paper_data: what the paper's numbers were measured on.
         verdict: what the published results confirm of the paper's and what not, for a reader.
     """
@@ -59,10 +60,14 @@ class Table:
     metrics: tuple[str, ...]
     rows: tuple[str, ...]
     columns: tuple[str, ...]
-    paper: Mapping[tuple[str, str], float | str]
+    paper: Mapping[tuple[str, str], Sequence[float | str]]
     paper_data: str | None
     verdict: str
     definition: Mapping[str, Any]
+
+    def of_paper(self, row: str, column: str, metric: str) -> float | str | None:
+        """Return the paper's number, or None."""
+        return dict(zip(self.metrics, self.paper.get((row, column), ()), strict=False)).get(metric)
 
     def cells(self, scale: str) -> list[Cell]:
         """Return the trainings of a scale, every cell with the first seed before any with the second.
@@ -82,7 +87,7 @@ class Table:
                         self.definition["columns"][column],
                         settings["recipe"],
                     )
-                    cells.append(Cell(row, column, seed, recipe))
+                    cells.append(Cell(row, column, seed, recipe, chosen.get("attacked_images", 1)))
         return cells
 
 
@@ -101,6 +106,7 @@ def read_table(name: str) -> Table:
     definition = yaml.safe_load(path.read_text(encoding="utf-8"))
     rows, columns = definition["rows"], definition["columns"]
     paper = {(row, column): value for row in rows for column, value in rows[row].get("paper", {}).items()}
+    paper = {place: value if isinstance(value, list) else [value] for place, value in paper.items()}
     return Table(
         name,
         tuple(definition["metrics"]),
@@ -197,7 +203,8 @@ def measured(table: Table, cell: Cell, trained: Trained, device: Device) -> dict
     result |= {"precision": device.precision, "compiled": device.compile, **origin(torch.device(device.name))}
     if trained.finished:
         model, record = trained_model(trained.checkpoint)
-        answers = Answers.collect(model.to(device.name), data.evaluation_batches("test"))
+        attacked = data.evenly_spaced("test", cell.attacked)
+        answers = Answers.collect(model.to(device.name), data.evaluation_batches("test"), attacked)
         numbers = {name: MEASURES[name].of(answers) for name in table.metrics}
         result |= {name: value if math.isfinite(value) else None for name, value in numbers.items()}
         chance = 100 / len(model.class_names)
