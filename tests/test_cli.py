@@ -604,3 +604,33 @@ def test_help_is_plain_text(run, subcommand):
     for main in (train.main, command_line.main):
         _, printed, _ = run(*(subcommand if main is train.main else []), "--help", main=main)
         assert "usage: " in printed and "`" not in printed and ":class:" not in printed
+
+
+def test_adversarial_training_is_recorded_resumed_and_exported(run):
+    attacked = ["--model.adversarial.attack", "fgsm", "--model.adversarial.eps", "0.05"]
+    path = fit(run, *attacked)
+    saved = torch.load(path, weights_only=True)
+    settings = {"attack": "fgsm", "eps": 0.05, "steps": 7, "step": None}
+    assert saved["decoupled_zoo"]["training"]["adversarial"] == settings
+    status, _, errors = run("fit", "--ckpt_path", path, *SHORT, "--trainer.max_epochs", "2")
+    assert status == 0, errors
+    again = torch.load(path.with_name("last.ckpt"), weights_only=True)["decoupled_zoo"]
+    assert again["model"]["adversarial"] == settings == again["training"]["adversarial"]
+    status, _, errors = run("export", path, "digits_cnn6_tanh_cosine", "--to", "published", main=command_line.main)
+    assert status == 0, errors
+    folder = Path("published/digits_cnn6_tanh_cosine")
+    assert json.loads((folder / "config.json").read_text())["training"]["adversarial"] == settings
+    assert zoo.verify(folder) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--model.adversarial.attack", "fgms"], "fgms"),
+        (["--model.adversarial.eps", "8"], "eps is a change of pixels in (0, 1]"),
+        (["--model.adversarial.attack", "pgd", "--model.mixup", "0.2"], "leave out mixup or adversarial"),
+    ],
+)
+def test_wrong_settings_of_adversarial_training_are_told(run, words, message):
+    status, printed, errors = run("fit", *SHORT, *words)
+    assert status not in (0, None) and message in printed + errors + str(status)

@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 import zoo
+from benchmarks import smoothness as benchmark
 from zoo import __main__ as command_line
-from zoo import probes
+from zoo import probes, reports
 from zoo.adversarial import AdversarialTraining, OverfittingAlarm
 from zoo.attacks import fgsm, is_right, margin, noise, pgd
 from zoo.checkpoints import PRETRAINED
@@ -21,6 +22,7 @@ from zoo.masking import checks, suspected
 from zoo.probes import ATTACKS, EFFORTS, PROBES, Subject
 from zoo.robustness import CURVE_EPS, Ledger, Result, Step, chosen_steps, companions_of, evaluate, protocol
 from zoo.robustness_report import attack_table, check_table, headline, ratio_to_twin, report
+from zoo.smoothness import by_layer, smoothness
 
 NAME = "digits_cnn6_tanh_cosine"
 EPS = 0.1
@@ -116,7 +118,8 @@ def test_a_planted_mistake_is_found(attack):
     centres = torch.rand(3, 1, 4, 4, generator=generator)
     own = 0.2 + 0.6 * centres[:1]
     planted = own + 0.08 * torch.sign(torch.randn(1, 1, 4, 4, generator=generator))
-    points = torch.cat([own, planted, *(own + 0.5 * (centre - own) for centre in centres[1:, None])])
+    # Other classes are out of reach.
+    points = torch.cat([own, planted, 1 - own, own.flip(2)])
 
     class Nearest(nn.Module):
         def forward(self, images):
@@ -125,16 +128,17 @@ def test_a_planted_mistake_is_found(attack):
     images = own + 0.01 * (2 * torch.rand(40, 1, 4, 4, generator=generator) - 1)
     labels = torch.zeros(40, dtype=torch.long)
     assert is_right(Nearest(), images, labels).all()
-    left = PROBES[attack](Subject(Nearest()), images, labels, 0.09, 0)
-    assert left.mean() <= 0.05
+    assert PROBES[attack](Subject(Nearest()), images, labels, 0.09, 0).mean() <= 0.05
+    points = points[[0, 2, 3]]
+    assert PROBES[attack](Subject(Nearest()), images, labels, 0.09, 0).mean() == 1
 
 
 def measured(model, attacks, eps=EPS, others=None):
     images = images_around_grey(60)
     labels = model(images).argmax(1)
     subject = Subject(model, others or {})
-    names = ["gradient_norm", "batch_dependence", *attacks]
-    values = {Step(name, eps if name in ATTACKS[:9] else None).key: None for name in names}
+    names = ["gradient_norm", "cross_entropy_gradient", "batch_dependence", *attacks]
+    values = {Step(name, eps if name in ATTACKS else None).key: None for name in names}
     for name, key in zip(names, values, strict=True):
         values[key] = PROBES[name](subject, images, labels, eps, 0)
     for level in CURVE_EPS:
@@ -149,19 +153,22 @@ def test_masked_gradients_are_suspected_and_an_honest_network_is_not():
     assert not suspected(honest), suspected(honest)
     masked = measured(Coarse(), attacks, others={"same": Linear()})
     found = {check.what for check in suspected(masked)}
-    assert "images with a gradient of exactly zero" in found
+    assert "images with a gradient of exactly zero, or none" in found
     assert "Square lowers the worst case by" in found
     assert "masked gradients are suspected" in headline(masked) and "suspected" not in headline(honest)
     assert "SUSPECTED" in attack_table([masked]) and "SUSPECTED" in check_table([honest, masked])
+    assert "(not fgsm, bim, bim_quarter, pgd_long, pgd_double, autoattack)" in headline(honest)
+    assert "not all signs looked for" in attack_table([honest])
 
 
 def doctored(**changes):
     """Return a result in which nothing is suspicious, but for what is changed."""
     ones = torch.ones(1000)
-    names = [*ATTACKS, "pgd_long", "pgd_double"]
-    values = {Step(name, EPS).key: changes.get(name, ones) for name in names}
-    values["gradient_norm"] = changes.get("gradient_norm", torch.rand(1000) + 1)
+    values = {Step(name, EPS).key: changes.get(name, ones) for name in ATTACKS}
+    for name in ("gradient_norm", "cross_entropy_gradient"):
+        values[name] = changes.get(name, torch.rand(1000) + 1)
     values["batch_dependence"] = changes.get("batch_dependence", torch.zeros(1000))
+    values["deepfool"] = changes.get("deepfool", torch.ones(50))
     shares = changes.get("curve", [0.9, 0.8, 0.7, 0.5, 0.2, 0.05, 0.0, 0.0, 0.0])
     for level, share in zip(CURVE_EPS, shares, strict=True):
         values[Step("curve", level).key] = (torch.arange(1000) < 1000 * share).float()
@@ -176,12 +183,21 @@ def fallen(count):
 @pytest.mark.parametrize(
     ("changes", "sign"),
     [
+        ({"cross_entropy_gradient": fallen(1)}, "images with a gradient of exactly zero, or none"),
+        (
+            {"gradient_norm": torch.cat([torch.full((400,), torch.nan), torch.ones(600)])},
+            "images with a gradient of exactly zero, or none",
+        ),
+        ({"deepfool": torch.tensor([1.0, torch.inf])}, "images of which no L2 attack found a mistake"),
         ({"fgsm": fallen(6)}, "images that FGSM breaks and PGD does not"),
         ({"fgsm": fallen(11)}, "PGD is weaker than FGSM by"),
         ({"square": fallen(3)}, "Square lowers the worst case by"),
         ({"transfer": fallen(6)}, "images that fall to transfer only"),
         ({"pgd": fallen(30), "pgd_margin": fallen(5)}, "PGD on cross-entropy and on the margin differ by"),
-        ({"gradient_norm": torch.cat([torch.zeros(1), torch.ones(999)])}, "images with a gradient of exactly zero"),
+        (
+            {"gradient_norm": torch.cat([torch.zeros(1), torch.ones(999)])},
+            "images with a gradient of exactly zero, or none",
+        ),
         (
             {"gradient_norm": torch.cat([torch.full((20,), 1e-8), torch.ones(980)])},
             "median of the gradients' norms over their 1st percentile",
@@ -200,13 +216,14 @@ def fallen(count):
     ],
 )
 def test_every_sign_of_masking_is_noticed_alone(changes, sign):
-    assert not suspected(doctored()) and len(checks(doctored())) == 15
+    assert not suspected(doctored()) and len(checks(doctored())) == 16
     assert sign in {check.what for check in suspected(doctored(**changes))}
 
 
 def test_the_headline_is_the_worst_case_of_each_image():
-    result = doctored(fgsm=fallen(100), transfer=1 - fallen(900), square=fallen(200))
+    result = doctored(fgsm=fallen(100), transfer=1 - fallen(900), square=fallen(200), curve=[1.0] * 9)
     assert result.worst().sum() == 700
+    assert doctored(pgd_long=fallen(5), pgd_double=fallen(9), curve=[1.0] * 9).worst().sum() == 991
     assert "70.0 (67.1–72.8) % of 1000 test images" in headline(result)
 
 
@@ -218,7 +235,7 @@ def test_a_killed_run_goes_on_and_loses_one_batch_at_most(tmp_path, monkeypatch)
     settings = {"eps": EPS, "limit": 110, "work": tmp_path}
     chosen = steps("clean", "fgsm", "bim", "gradient_norm")
     whole = evaluate(NAME, Digits(), chosen, **settings)
-    ledger = tmp_path / f"{NAME}.jsonl"
+    (ledger,) = tmp_path.glob(f"{NAME}-*.jsonl")
     lines = ledger.read_text().splitlines(keepends=True)
     # Killed in the middle of a line.
     ledger.write_text("".join(lines[:5]) + lines[5][: len(lines[5]) // 2])
@@ -233,16 +250,20 @@ def test_a_killed_run_goes_on_and_loses_one_batch_at_most(tmp_path, monkeypatch)
         assert torch.equal(values, again.values[key]), key
     evaluate(NAME, Digits(), chosen, **settings)
     assert len(counted) == len(lines) - 5
-    # Another checkpoint under the same name, or other images, are measured anew.
-    evaluate(NAME, Digits(), chosen, **{**settings, "limit": 50})
-    assert len(counted) > len(lines) - 5
+    # What was measured before stands beside what is asked for now.
+    assert set(evaluate(NAME, Digits(), steps("clean"), **settings).values) == set(whole.values)
+    # Other images, and other companions, are measured anew, and nothing is lost of these.
+    evaluate(NAME, Digits(), steps("clean"), **{**settings, "limit": 50})
+    evaluate(NAME, Digits(), steps("clean"), **settings, others=["digits_cnn6_conv"])
+    assert len(counted) > len(lines) - 5 and ledger.read_text() == "".join(lines)
+    assert len(list(tmp_path.glob(f"{NAME}-*.jsonl"))) == 3
 
 
-def test_numbers_of_another_network_are_thrown_away(tmp_path):
-    ledger = Ledger(tmp_path / "a.jsonl", {"sha256": "1"})
-    ledger.add("pgd@0.1", 0, torch.tensor([1.0, torch.inf]), [])
-    assert Ledger(tmp_path / "a.jsonl", {"sha256": "1"}).rows["pgd@0.1", 0]["values"] == [1.0, None]
-    assert not Ledger(tmp_path / "a.jsonl", {"sha256": "2"}).rows
+def test_numbers_of_another_network_are_not_taken(tmp_path):
+    ledger = Ledger(tmp_path, "a", {"sha256": "1"})
+    ledger.add("pgd@0.1", 0, torch.tensor([1.0, torch.inf, torch.nan]), [])
+    assert Ledger(tmp_path, "a", {"sha256": "1"}).rows["pgd@0.1", 0]["values"] == [1.0, "inf", "nan"]
+    assert not Ledger(tmp_path, "a", {"sha256": "2"}).rows
 
 
 def test_a_result_is_read_as_it_was_written(tmp_path):
@@ -263,6 +284,11 @@ def test_the_ratio_to_the_twin_is_paired_by_image():
     mine = 2 * twin
     mine[:10] = 0
     assert ratio_to_twin(mine, twin) == "2.00 (2.00–2.00)"
+    mine[-1] = torch.inf
+    assert ratio_to_twin(mine, twin) == "–"
+    first, second = doctored(), doctored()
+    assert first.is_of_the_same_images(second)
+    assert not first.is_of_the_same_images(Result({**second.about, "content": "others"}, second.values))
 
 
 def test_companions_are_the_twin_and_another():
@@ -306,7 +332,7 @@ def test_noise_is_reproducible_and_bounded():
 def test_the_command_measures_shows_and_records(tmp_path, monkeypatch, capsys):
     folder = shutil.copytree(PRETRAINED / NAME, tmp_path / NAME)
     words = [folder, "--limit", "10", "--effort-limit", "5", "--eps", "64/255", "--to", tmp_path / "out", "--record"]
-    for attack in ("fgsm", "bim", "pgd", "autoattack", "deepfool", "curve", "transfer"):
+    for attack in sorted({step.probe for step in protocol()} - {"ddn", "carlini_wagner"}):
         words += ["--attack", attack]
     for twin in ("digits_cnn6_conv", folder):
         monkeypatch.setattr(sys, "argv", ["zoo", "robustness", str(twin), *map(str, words[1:])])
@@ -327,6 +353,11 @@ def test_the_command_measures_shows_and_records(tmp_path, monkeypatch, capsys):
     result = Result.read(tmp_path / "out" / f"{NAME}.json")
     assert recorded["worst_case"] == result.worst().mean().item() <= recorded["accuracy"]["FGSM"]
     assert report(result, None).startswith(f"# How robust is {NAME}?")
+    part = ["--attack", "fgsm", "--to", str(tmp_path / "part"), "--record", "--limit", "10"]
+    monkeypatch.setattr(sys, "argv", ["zoo", "robustness", str(folder), *part])
+    with pytest.raises(SystemExit):
+        command_line.main()
+    assert "not recorded, for batch_dependence, " in capsys.readouterr().err
 
 
 def test_undefended_networks_fall_where_the_images_can_become_any_others(tmp_path):
@@ -387,13 +418,49 @@ def test_the_alarm_is_raised_by_a_network_that_only_seems_to_resist():
     assert not alarm.alarms and 0 < module.logged["val_pgd_accuracy"] <= module.logged["val_fgsm_accuracy"]
     again = OverfittingAlarm(AdversarialTraining(eps=0.02))
     again.load_state_dict(alarm.state_dict())
+    # A fall in one epoch, though FGSM is not much weaker.
     again.adversarial = AdversarialTraining(eps=0.3)
     with pytest.warns(UserWarning, match="catastrophic overfitting in epoch 4: accuracy under FGSM"):
         again.on_validation_epoch_end(_Trainer, module)
     assert len(again.alarms) == 1
 
 
+@pytest.mark.parametrize("classes", [2, 3, 5])
+def test_auto_attack_takes_networks_of_few_classes(classes):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(16, classes)).eval()
+    images = torch.rand(6, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    labels = model(images).argmax(1)
+    assert PROBES["autoattack"](Subject(model), images, labels, 1e-4, 0).mean() == 1
+    assert PROBES["autoattack"](Subject(model), images, labels, 0.9, 0).mean() < 1
+
+
+def test_the_smoothness_of_a_linear_map_is_its_largest_singular_value():
+    layer = nn.Linear(12, 7).double()
+    found = smoothness(layer, torch.randn(30, 12, dtype=torch.float64))
+    largest = torch.linalg.matrix_norm(layer.weight, 2).item()
+    assert found.gradient == pytest.approx(largest, rel=0.02) and found.pairs <= found.gradient * (1 + 1e-9)
+    longer = nn.Sequential(layer, nn.Linear(7, 7, bias=False).double())
+    longer[1].weight.data = 3 * torch.eye(7, dtype=torch.float64)
+    tripled = smoothness(longer, torch.randn(30, 12, dtype=torch.float64))
+    assert tripled.gradient == pytest.approx(3 * largest, rel=0.02)
+
+
+def test_the_smoothness_of_every_convolution_is_measured():
+    images, _ = digits(16, torch.float32)
+    model = zoo.load(NAME)
+    found = by_layer(model, images)
+    assert set(found) == {"network", *(name for name, m in model.network.named_modules() if isinstance(m, nn.Conv2d))}
+    assert all(
+        0 < values.pairs <= 1.05 * values.gradient for values in found.values() if values is not found["network"]
+    )
+
+
 def test_efforts_are_the_smallest_of_all_attacks():
     values = {"deepfool": torch.tensor([1.0, 2.0, 0.0]), "ddn": torch.tensor([2.0, 1.5])}
     result = Result({"eps": EPS}, values)
     assert result.effort().tolist() == [1.0, 1.5] and set(values) < set(EFFORTS)
+
+
+def test_the_page_shows_the_smoothness_that_was_measured():
+    page = benchmark.PAGE.read_text(encoding="utf-8")
+    assert reports.filled(page, benchmark.blocks(), others=r"\w+") == page

@@ -32,7 +32,7 @@ from zoo.plots import plot_operators, plot_predictions
 from zoo.probes import NEEDS, optional
 from zoo.publish import publish
 from zoo.reports import write_reports
-from zoo.robustness import EPS, Result, chosen_steps, companions_of, evaluate
+from zoo.robustness import BATCH, EPS, Result, chosen_steps, companions_of, evaluate
 from zoo.robustness_report import card_record, draw, draw_attacked, report
 from zoo.sources import convert, licence_of, start_from
 from zoo.tables import RESULTS, list_tables, read_table, result_path, run_table
@@ -318,9 +318,9 @@ def measure_checkpoint(arguments: argparse.Namespace) -> None:
 
 def attack_checkpoint(arguments: argparse.Namespace) -> None:
     steps = chosen_steps(arguments.attack, arguments.eps)
-    for extra in ("foolbox", "pyautoattack"):
-        if any(step.probe in NEEDS[extra] for step in steps):
-            optional(extra)
+    for package, probes in NEEDS.items():
+        if any(step.probe in probes for step in steps):
+            optional(package)
     if arguments.record:
         find_local(arguments.name)
     data = chosen_data(arguments) if arguments.data else measured_data(arguments.name, arguments.root)
@@ -337,21 +337,24 @@ def attack_checkpoint(arguments: argparse.Namespace) -> None:
         settings |= {"others": others, "device": device, "work": arguments.to / "work", "tell": tell}
         result = evaluate(arguments.name, data, steps, **settings)
     name = result.about["checkpoint"]
-    stem = arguments.to / name
-    result.write(stem.with_suffix(".json"))
-    twin_name = next((other for other in others if other.endswith(f"_{PLAIN}")), None)
-    path = arguments.to / f"{twin_name}.json"
-    twin = Result.read(path) if twin_name and path.is_file() else None
-    write_whole(stem.with_suffix(".md"), report(result, twin))
-    written = [stem.with_suffix(".json"), stem.with_suffix(".md"), *draw([result, *([twin] if twin else [])], stem)]
-    written.append(stem.with_name(f"{name}_images.png"))
-    model = zoo.load(arguments.name)
-    draw_attacked(model, *data.evenly_spaced("test", arguments.limit), arguments.eps, written[-1])
-    if arguments.record:
-        zoo.record(arguments.name, robustness=card_record(result))
+    numbers, text, picture = (arguments.to / f"{name}{end}" for end in (".json", ".md", "_images.png"))
+    result.write(numbers)
+    path = arguments.to / f"{next((other for other in others if other.endswith(f'_{PLAIN}')), None)}.json"
+    twin = Result.read(path) if path.is_file() else None
+    if twin and not result.is_of_the_same_images(twin):
+        print(f"{path} is of other images or another ε, and left out")
+        twin = None
+    write_whole(text, report(result, twin))
+    draw([result, *([twin] if twin else [])], arguments.to / name)
+    draw_attacked(zoo.load(arguments.name), *data.evenly_spaced("test", BATCH), arguments.eps, picture)
     Console().print(Markdown(report(result, twin)))
-    for path in written:
+    for path in sorted(arguments.to.glob(f"{name}[._]*")):
         print(f"written: {path}")
+    if arguments.record:
+        if missing := result.unmeasured():
+            raise ValueError(f"not recorded, for {', '.join(missing)} was not measured; leave out --attack")
+        zoo.record(arguments.name, robustness=card_record(result))
+        print(f"recorded: {find_local(arguments.name)}")
 
 
 def pixels(text: str) -> float:

@@ -48,7 +48,7 @@ class AdversarialTraining:
         """Return the attacked images; the model is in evaluation mode meanwhile.
 
         Args:
-            steps: of PGD, in place of those of training: then without leaving any image where it is mistaken first.
+            steps: of PGD, in place of those of training; an image is then left where it is mistaken first.
         """
         training = model.training
         model.eval()
@@ -56,9 +56,8 @@ class AdversarialTraining:
             if self.attack == "fgsm" and steps is None:
                 return fgsm(model, images, labels, self.eps)
             size = self.step or self.eps / 4
-            return pgd(
-                model, images, labels, self.eps, step=size, steps=steps or self.steps, stop_early=False, seed=None
-            )
+            settings = {"step": size, "steps": steps or self.steps, "stop_early": steps is not None, "seed": None}
+            return pgd(model, images, labels, self.eps, **settings)
         finally:
             model.train(training)
 

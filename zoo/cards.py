@@ -54,6 +54,8 @@ def model_card(config: Mapping[str, Any]) -> str:
     ]
     facts.append(("parameters", f"{config['parameters']:,}"))
     facts.append(("mean and std of the pixels", f"{config['mean']}, {config['std']}"))
+    if alarms := config["training"].get("alarms"):
+        facts.append(("catastrophic overfitting", "; ".join(alarms)))
     if robustness := config.get("robustness"):
         where = f"pixels changed by at most {robustness['eps']}, {robustness['images']} test images"
         shares = {**robustness["accuracy"], "the worst of all attacks": robustness["worst_case"]}

@@ -6,10 +6,11 @@ from collections.abc import Iterator
 
 import torch
 
+from zoo.probes import ATTACKS, GRADIENT_ATTACKS
 from zoo.robustness import Result
 
-# Attacks that follow the gradient, or ask for nothing but the answer to noise.
-GRADIENT_ATTACKS = ("clean", "noise", "fgsm", "bim", "pgd", "pgd_margin")
+# Probes of the gradient's length; that of the margin, the first, does not vanish with confidence.
+GRADIENTS = ("gradient_norm", "cross_entropy_gradient")
 # Logits that differ by more than this, relative to the largest, depend on the other images of the batch.
 BATCH_TOLERANCE = 1e-5
 
@@ -25,7 +26,8 @@ class Check:
 
     @property
     def passed(self) -> bool:
-        return self.found <= self.most
+        # Shares are differences of float32.
+        return self.found <= self.most + 1e-6
 
     @property
     def verdict(self) -> str:
@@ -61,22 +63,26 @@ def _checks(result: Result) -> Iterator[Check]:
         yield Check("images that FGSM breaks and PGD does not", share(~fgsm & pgd), 0.005)
         yield Check("PGD is weaker than FGSM by", share(pgd) - share(fgsm), 0.01)
     if square is not None and pgd is not None:
-        before = result.worst(GRADIENT_ATTACKS).bool()
+        before = result.worst_of(GRADIENT_ATTACKS).bool()
         yield Check("Square lowers the worst case by", share(before) - share(before & square), 0.002)
     if transfer is not None and pgd is not None:
-        rest = result.worst((*GRADIENT_ATTACKS, "square", "autoattack")).bool()
+        rest = result.worst_of(name for name in ATTACKS if name != "transfer").bool()
         yield Check("images that fall to transfer only", share(~transfer & rest), 0.005)
     if pgd is not None and margin is not None:
         yield Check("PGD on cross-entropy and on the margin differ by", abs(share(pgd) - share(margin)), 0.02)
-    if (norms := result.of("gradient_norm")) is not None:
-        yield Check("images with a gradient of exactly zero", float((norms == 0).sum()), 0, percent=False)
+    gradients = [norms for name in GRADIENTS if (norms := result.of(name)) is not None]
+    if gradients:
+        dead = torch.stack([(norms == 0) | ~norms.isfinite() for norms in gradients]).any(0)
+        yield Check("images with a gradient of exactly zero, or none", float(dead.sum()), 0, percent=False)
+        norms = gradients[0][gradients[0].isfinite()]
         smallest = norms.quantile(0.01).item()
         ratio = norms.median().item() / smallest if smallest else math.inf
         yield Check("median of the gradients' norms over their 1st percentile", ratio, 1e6, percent=False)
     curve = result.curve()
     if len(curve) > 1:
         shares = list(curve.values())
-        rise = max(later - earlier for earlier, later in zip(shares, shares[1:], strict=False))
+        lowest = [min(shares[:place]) for place in range(1, len(shares))]
+        rise = max(later - earlier for earlier, later in zip(lowest, shares[1:], strict=True))
         yield Check("the curve over ε rises by", max(rise, 0.0), 0.005)
         # Grey digits differ by more than that from each other; photographs do not.
         if 32 / 255 in curve and result.about["in_chans"] == 3 and not result.about["adversarial"]:
@@ -89,6 +95,9 @@ def _checks(result: Result) -> Iterator[Check]:
         yield Check("images that noise breaks and PGD does not", share(~noise & pgd), 0.001)
     if pgd is not None and double is not None:
         yield Check("images that float64 changes", share(pgd != double), 0.01)
+    if (effort := result.effort()) is not None:
+        lost = float((~effort.isfinite()).sum())
+        yield Check("images of which no L2 attack found a mistake", lost, 0, percent=False)
     if result.of("autoattack") is not None:
         yield Check("warnings of AutoAttack", len(result.flags), 0, percent=False)
     if (dependence := result.of("batch_dependence")) is not None:

@@ -4,10 +4,11 @@ import dataclasses
 from collections.abc import Callable, Iterable
 
 import torch
+from scipy.stats import binomtest
 from torch import Tensor
 
 from zoo.models import ImageModel
-from zoo.probes import PROBES, Subject
+from zoo.probes import PROBES, Subject, exact_arithmetic
 
 # In units of pixels; the paper does not tell its own.
 EPS = 8 / 255
@@ -68,7 +69,8 @@ class Answers:
         images, labels = (tensor.to(self.model.mean.device) for tensor in self.attacked)
         subject = Subject(self.model)
         parts = zip(images.split(ATTACKED_BATCH), labels.split(ATTACKED_BATCH), strict=True)
-        return torch.cat([PROBES[probe](subject, *part, EPS, seed).cpu() for seed, part in enumerate(parts)])
+        with exact_arithmetic():
+            return torch.cat([PROBES[probe](subject, *part, EPS, seed).cpu() for seed, part in enumerate(parts)])
 
     def effort(self) -> float:
         """Return the median L2 distance to the nearest mistake that DeepFool or DDN finds, of images named right."""
@@ -115,3 +117,9 @@ MEASURES = {
     "effort": Measure(Answers.effort, "median L2 distance to the nearest mistake"),
     "spread": Measure(Answers.spread, "spread within a class ÷ distance between classes"),
 }
+
+
+def interval(share: float, count: int) -> tuple[float, float]:
+    """Return Wilson's 95 % confidence interval of a share measured on ``count`` images."""
+    low, high = binomtest(round(share * count), count).proportion_ci(method="wilson")
+    return float(low), float(high)

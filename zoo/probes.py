@@ -97,9 +97,15 @@ def square(model: nn.Module, images: Tensor, labels: Tensor, eps: float, seed: i
 def auto_attack(subject: Subject, images: Tensor, labels: Tensor, eps: float, seed: int) -> Tensor:
     """Return 1 where standard AutoAttack does not make the model mistake the image (Croce and Hein, 2020), else 0."""
     kind = optional("pyautoattack").AutoAttack
+    with torch.no_grad():
+        classes = subject.model(images[:1]).shape[1]
     with listening("auto-attack") as said:
         tool = kind(subject.model, norm="Linf", eps=eps, seed=seed, device=images.device, version="standard")
         tool.verbose = False
+        # The standard has nine target classes beside the right one, and a loss of four logits.
+        tool.apgd_targeted.n_target_classes = tool.fab.n_target_classes = min(9, classes - 1)
+        if classes < 4:
+            tool.attacks_to_run = [name for name in tool.attacks_to_run if name != "apgd-t"]
 
         def perturb(model: nn.Module, images: Tensor, labels: Tensor, eps: float, seed: int) -> Tensor:
             return tool.run_standard_evaluation(images, labels, batch_size=len(images))[0]
@@ -131,9 +137,13 @@ def shortest(make: Callable[[ModuleType], Callable]) -> Probe:
     return probe
 
 
-def gradient_norm(subject: Subject, images: Tensor, labels: Tensor, eps: float, seed: int) -> Tensor:
-    """Return the L2 norm of the gradient of the margin loss with respect to the image."""
-    return logits_and_gradient(subject.model, images, labels, "margin")[1].flatten(1).norm(dim=1)
+def gradient_norm(loss: str) -> Probe:
+    """Return the probe of the L2 norm of a loss's gradient with respect to the image."""
+
+    def probe(subject: Subject, images: Tensor, labels: Tensor, eps: float, seed: int) -> Tensor:
+        return logits_and_gradient(subject.model, images, labels, loss)[1].flatten(1).norm(dim=1)
+
+    return probe
 
 
 def batch_dependence(subject: Subject, images: Tensor, labels: Tensor, eps: float, seed: int) -> Tensor:
@@ -166,7 +176,8 @@ PROBES: dict[str, Probe] = {
     "transfer": transfer,
     "square": attack(square),
     "autoattack": auto_attack,
-    "gradient_norm": gradient_norm,
+    "gradient_norm": gradient_norm("margin"),
+    "cross_entropy_gradient": gradient_norm("cross_entropy"),
     "batch_dependence": batch_dependence,
     "deepfool": shortest(lambda attacks: attacks.L2DeepFoolAttack()),
     "ddn": shortest(lambda attacks: attacks.DDNAttack(steps=1000)),
@@ -192,8 +203,11 @@ TITLES = {
     "carlini_wagner": "Carlini-Wagner, 9 × 1,000 steps",
 }
 
-# Of which the headline is the worst case.
-ATTACKS = ("clean", "noise", "fgsm", "bim", "pgd", "pgd_margin", "transfer", "square", "autoattack")
+# Attacks that follow the gradient, or none, and all that are run at the ε of the headline.
+GRADIENT_ATTACKS = ("clean", "noise", "fgsm", "bim", "pgd", "pgd_margin")
+ATTACKS = (*GRADIENT_ATTACKS, "pgd_long", "pgd_double", "transfer", "square", "autoattack")
+# Those that are run at other ε, too.
+AT_SEVERAL_EPS = ("fgsm", "bim", "bim_quarter", "curve")
 EFFORTS = ("deepfool", "ddn", "carlini_wagner")
 # The packages of the extra ``robustness``, and what is measured with them.
 NEEDS = {"foolbox": EFFORTS, "pyautoattack": ("square", "autoattack")}
@@ -212,6 +226,17 @@ def optional(name: str) -> ModuleType:
             f"{name.partition('.')[0]} is not installed; pip install 'decoupled-zoo[robustness]' (in a clone: "
             "pip install --editable '.[robustness]') brings the attacks"
         ) from error
+
+
+@contextmanager
+def exact_arithmetic() -> Iterator[None]:
+    """While it lasts, products are computed in full float32."""
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
 
 
 @contextmanager

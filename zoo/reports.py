@@ -7,19 +7,20 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from scipy.stats import binomtest
-
 import zoo
 from zoo.cards import markdown_table
 from zoo.checkpoints import PRETRAINED, WEIGHTS, read_config, write_whole
-from zoo.measures import MEASURES
+from zoo.measures import MEASURES, interval
 from zoo.models import PLAIN
 from zoo.plots import plot_features, plot_table
+from zoo.robustness_report import draw as draw_robustness
+from zoo.robustness_report import family_blocks, published_families
 from zoo.tables import RESULTS, Table, list_tables, read_results, read_table
 from zoo.training import recipes
 
 ROOT = Path(__file__).resolve().parent.parent
 README, PAGE = ROOT / "README.md", ROOT / "docs" / "results.md"
+ROBUSTNESS_PAGE = ROOT / "docs" / "robustness.md"
 
 # The tiny scale only shows that a table can be trained.
 SHOWN = ("full", "small")
@@ -30,7 +31,7 @@ Results = Sequence[Mapping[str, Any]]
 
 
 def write_reports() -> list[Path]:
-    """Write the generated parts of README.md and docs/results.md and the tables' pictures; return the files."""
+    """Write the generated parts of README.md, docs/results.md and docs/robustness.md, and pictures; return all."""
     pictures = []
     for name in list_tables():
         table = read_table(name)
@@ -38,10 +39,13 @@ def write_reports() -> list[Path]:
         if any(result["converged"] for result in results):
             pictures.append(ROOT / "docs" / f"{name}.png")
             draw(table, results, pictures[-1])
+    for family, results in published_families().items():
+        pictures += draw_robustness(results, ROOT / "docs" / f"robustness_{family}")
     blocks = report_blocks()
-    for path in (README, PAGE):
+    pages = [README, PAGE, ROBUSTNESS_PAGE]
+    for path in pages:
         write_whole(path, filled(path.read_text(encoding="utf-8"), blocks))
-    return [README, PAGE, *pictures]
+    return [*pages, *pictures]
 
 
 def report_blocks() -> dict[str, str]:
@@ -51,13 +55,19 @@ def report_blocks() -> dict[str, str]:
         table = read_table(name)
         scale, results = shown_results(table)
         blocks[name] = "\n\n".join([table_markdown(table, results), provenance(table, scale, results), table.verdict])
-    return blocks
+    return blocks | family_blocks()
 
 
-def filled(text: str, blocks: Mapping[str, str]) -> str:
-    """Return the text with what stands between ``<!-- begin NAME -->`` and ``<!-- end NAME -->`` replaced."""
+def filled(text: str, blocks: Mapping[str, str], others: str = r"smoothness\w*") -> str:
+    """Return the text with what stands between ``<!-- begin NAME -->`` and ``<!-- end NAME -->`` replaced.
+
+    Raises:
+        KeyError: a name that is not among the blocks, and does not match ``others``, those that something else fills.
+    """
 
     def block(found: re.Match[str]) -> str:
+        if found[1] not in blocks and re.fullmatch(others, found[1]):
+            return found[0]
         return f"<!-- begin {found[1]} -->\n\n{blocks[found[1]]}\n\n<!-- end {found[1]} -->"
 
     return re.sub(r"<!-- begin (\w+) -->.*?<!-- end \1 -->", block, text, flags=re.DOTALL)
@@ -85,16 +95,10 @@ def zoo_table() -> str:
                 f"{config['parameters']:,}",
                 *_speed(config),
                 f"{(folder / WEIGHTS).stat().st_size / 2**20:.1f}",
-                f"[{epochs} epochs](configs/{name}.yaml)",
+                f"[{epochs} epoch{'s' * (epochs > 1)}](configs/{name}.yaml)",
             )
         )
     return markdown_table(header, rows)
-
-
-def interval(share: float, count: int) -> tuple[float, float]:
-    """Return Wilson's 95 % confidence interval of a share measured on ``count`` images."""
-    low, high = binomtest(round(share * count), count).proportion_ci(method="wilson")
-    return float(low), float(high)
 
 
 def shown_results(table: Table, results: Path = RESULTS) -> tuple[str, list[dict[str, Any]]]:
@@ -147,7 +151,9 @@ def provenance(table: Table, scale: str, results: Results) -> str:
     finished = [result for result in results if result["test_images"]]
     networks = distinct(_network(result["recipe"]) for result in results)
     lengths = [f"{len(result['epochs'])} epochs of {result['images_per_epoch']:,} images" for result in finished]
-    tested = [f"{result['data']}, {result['test_images']:,} test images" for result in finished]
+    attacked = max(cell.attacked for cell in table.cells(scale))
+    of_these = f" ({attacked} of them attacked, at ε = 8/255)" if attacked > 1 else ""
+    tested = [f"{result['data']}, {result['test_images']:,} test images{of_these}" for result in finished]
     machines = distinct(f"{result['hardware']}, {result['precision']}" for result in results)
     seeds = len({result["seed"] for result in results})
     longest = max(result["minutes"] for result in results)

@@ -4,7 +4,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from zoo.checkpoints import read_config, write_whole
 from zoo.classifier import check_data, origin
 from zoo.data import ImageData
 from zoo.models import PLAIN
-from zoo.probes import ATTACKS, EFFORTS, PROBES, Subject
+from zoo.probes import AT_SEVERAL_EPS, ATTACKS, EFFORTS, GRADIENT_ATTACKS, PROBES, Subject, exact_arithmetic
 
 # In units of pixels in [0, 1]: the largest change of a pixel unless another is asked for, those at which FGSM and BIM
 # are compared with the paper, and those of the curve.
@@ -26,8 +25,10 @@ EPS = 8 / 255
 PAPER_EPS = tuple(level / 255 for level in (2, 4, 8, 16))
 CURVE_EPS = tuple(level / 255 for level in (0, 1, 2, 4, 8, 16, 32, 64, 128))
 BATCH = 50
-# In all places of the seed but the last ones, so that no two batches share one.
+# The seed of a batch is this one and the number of its first image.
 SEED = 0
+# Numbers of another protocol are not mixed with those of this one.
+PROTOCOL = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,10 +45,11 @@ class Step:
 
 def protocol(eps: float = EPS) -> list[Step]:
     """Return all that is measured, what costs least first."""
-    steps = [Step("batch_dependence"), Step("gradient_norm"), *(Step(attack, eps) for attack in ATTACKS[:6])]
+    steps = [*map(Step, ("batch_dependence", "gradient_norm", "cross_entropy_gradient"))]
+    steps += [Step(attack, eps) for attack in GRADIENT_ATTACKS]
     steps += [Step(attack, level) for level in PAPER_EPS for attack in ("fgsm", "bim", "bim_quarter")]
     steps += [Step("curve", level) for level in CURVE_EPS]
-    steps += [Step(name, eps) for name in ("pgd_long", "pgd_double", *ATTACKS[6:])]
+    steps += [Step(name, eps) for name in ATTACKS if name not in GRADIENT_ATTACKS]
     return list(dict.fromkeys([*steps, *map(Step, EFFORTS)]))
 
 
@@ -80,10 +82,21 @@ class Result:
         values = self.of(probe, eps)
         return None if values is None else values.mean().item()
 
-    def worst(self, attacks: Iterable[str] = ATTACKS) -> Tensor:
-        """Return 1 for each image that is named right under all of these attacks that were measured, else 0."""
-        measured = [values for values in map(self.of, attacks) if values is not None]
-        return torch.stack(measured).amin(0)
+    def worst(self) -> Tensor:
+        """Return 1 for each image that is named right under every attack that was measured up to ε, else 0."""
+        levels = (*PAPER_EPS, *CURVE_EPS)
+        steps = [Step(attack, self.eps) for attack in ATTACKS]
+        steps += [Step(name, eps) for name in AT_SEVERAL_EPS for eps in levels if eps <= self.eps]
+        return torch.stack([self.values[step.key] for step in steps if step.key in self.values]).amin(0)
+
+    def worst_of(self, attacks: Iterable[str]) -> Tensor:
+        """Return 1 for each image that is named right under each of these attacks that was measured, else 0."""
+        return torch.stack([values for values in map(self.of, attacks) if values is not None]).amin(0)
+
+    def unmeasured(self) -> list[str]:
+        """Return what of the protocol, but for the L2 attacks, was not measured."""
+        steps = [step for step in protocol(self.eps) if step.probe not in EFFORTS]
+        return list(dict.fromkeys(step.probe for step in steps if step.key not in self.values))
 
     def curve(self) -> dict[float, float]:
         """Return the accuracy at each ε of the curve that was measured."""
@@ -95,6 +108,10 @@ class Result:
         measured = [values for values in map(self.of, EFFORTS) if values is not None]
         images = min(map(len, measured), default=0)
         return torch.stack([values[:images] for values in measured]).amin(0) if measured else None
+
+    def is_of_the_same_images(self, other: "Result") -> bool:
+        """Return whether the numbers of both, at the same place, are of the same image, and of the same ε."""
+        return all(self.about.get(what) == other.about.get(what) for what in ("content", "eps"))
 
     def write(self, path: Path) -> None:
         """Write it as JSON: of attacks one digit an image, of lengths five decimals."""
@@ -121,25 +138,22 @@ class Ledger:
     """A file to which the numbers of each batch are added as they come, so that a killed run loses one batch at most.
 
     Args:
-        path: the file.
-        identity: what the numbers are of. Those of anything else are thrown away.
+        folder, name: of the file, which is called after the name and the identity.
+        identity: what the numbers are of, as JSON-able values; those of anything else have a file of their own.
     """
 
-    def __init__(self, path: Path, identity: Mapping[str, Any]) -> None:
-        self.path = path
-        self.rows: dict[tuple[str, int], dict[str, Any]] = {}
-        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    def __init__(self, folder: Path, name: str, identity: Mapping[str, Any]) -> None:
+        text = json.dumps(identity)
+        self.path = folder / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:12]}.jsonl"
+        folder.mkdir(parents=True, exist_ok=True)
+        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.is_file() else [text]
         whole = [row for row in map(_parsed, lines) if row is not None]
-        if whole[:1] != [dict(identity)]:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(path, json.dumps(identity) + "\n")
-            return
         self.rows = {(row["key"], row["start"]): row for row in whole[1:]}
         # A line that a kill has cut off would spoil the next one.
-        write_whole(path, "".join(json.dumps(row) + "\n" for row in whole))
+        write_whole(self.path, "".join(json.dumps(row) + "\n" for row in whole))
 
     def add(self, key: str, start: int, values: Tensor, flags: Sequence[str]) -> None:
-        row = {"key": key, "start": start, "values": [_finite(value) for value in values.tolist()], "flags": [*flags]}
+        row = {"key": key, "start": start, "values": [_packed_number(v) for v in values.tolist()], "flags": [*flags]}
         self.rows[key, start] = row
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
@@ -185,16 +199,22 @@ def evaluate(
     companions = {name: zoo.load(name, device=device) for name in others}
     images, labels = data.evenly_spaced("test", limit or len(data.split("test")))
     content = hashlib.sha256(images.numpy().tobytes() + labels.numpy().tobytes()).hexdigest()
-    identity = {"sha256": config["sha256"], "images": content, "others": list(others), "device": str(device)}
-    ledger = Ledger(work / f"{Path(os.fspath(where)).name}.jsonl", {**identity, "batch": BATCH, "seed": SEED})
-    tasks = []
-    for step in steps:
+    hashes = [read_config(zoo.find(name))["sha256"] for name in others]
+    identity = {"sha256": config["sha256"], "images": content, "others": hashes, "device": str(device)}
+    ledger = Ledger(work, config["name"], {**identity, "batch": BATCH, "seed": SEED, "protocol": PROTOCOL})
+
+    def batches(step: Step) -> list[tuple[Step, int, int]]:
         count = min(len(labels), effort_limit or len(labels)) if step.probe in EFFORTS else len(labels)
-        tasks += [(step, start, min(start + BATCH, count)) for start in range(0, count, BATCH)]
-    with _exact_arithmetic():
+        return [(step, start, min(start + BATCH, count)) for start in range(0, count, BATCH)]
+
+    def is_known(step: Step, start: int, stop: int) -> bool:
+        return len(ledger.rows.get((step.key, start), {"values": ()})["values"]) >= stop - start
+
+    tasks = [batch for step in steps for batch in batches(step)]
+    with exact_arithmetic():
         for done, (step, start, stop) in enumerate(tasks):
             tell(step.key, done, len(tasks))
-            if (row := ledger.rows.get((step.key, start))) and len(row["values"]) >= stop - start:
+            if is_known(step, start, stop):
                 continue
             subject = Subject(model, companions)
             batch = images[start:stop].to(device), labels[start:stop].to(device)
@@ -203,15 +223,18 @@ def evaluate(
     tell("done", len(tasks), len(tasks))
     values: dict[str, list[float]] = {}
     flags: list[str] = []
-    for step, start, stop in tasks:
-        row = ledger.rows[step.key, start]
-        values.setdefault(step.key, []).extend(map(_number, row["values"][: stop - start]))
-        flags += [flag for flag in row["flags"] if flag not in flags]
+    # With what was measured in earlier calls.
+    for known in map(batches, dict.fromkeys([*protocol(eps), *steps])):
+        for step, start, stop in known if all(is_known(*batch) for batch in known) else ():
+            row = ledger.rows[step.key, start]
+            values.setdefault(step.key, []).extend(map(float, row["values"][: stop - start]))
+            flags += [flag for flag in row["flags"] if flag not in flags]
     about = {
         "checkpoint": config["name"],
         "sha256": config["sha256"],
         "data": data.title,
         "split": "test",
+        "content": content,
         "images": len(labels),
         "in_chans": data.in_chans,
         "eps": eps,
@@ -248,23 +271,19 @@ def chosen_steps(names: Sequence[str], eps: float) -> list[Step]:
     return [step for step in protocol(eps) if not names or step.probe in (*names, "clean")]
 
 
-def _packed(values: Tensor) -> str | list[float | None]:
+def _packed(values: Tensor) -> str | list[float | str]:
     if ((values == 0) | (values == 1)).all():
         return "".join(str(int(value)) for value in values)
-    return [_finite(float(f"{value:.5g}")) for value in values.tolist()]
+    return [_packed_number(float(f"{value:.5g}")) for value in values.tolist()]
 
 
-def _unpacked(packed: str | list[float | None]) -> Tensor:
-    return torch.tensor([_number(value) if value is None else float(value) for value in packed])
+def _unpacked(packed: str | list[float | str]) -> Tensor:
+    return torch.tensor([float(value) for value in packed])
 
 
-def _finite(value: float) -> float | None:
-    """JSON has no infinity."""
-    return value if math.isfinite(value) else None
-
-
-def _number(value: float | None) -> float:
-    return math.inf if value is None else value
+def _packed_number(value: float) -> float | str:
+    """JSON has neither "inf" nor "nan" among its numbers."""
+    return value if math.isfinite(value) else str(value)
 
 
 def _parsed(line: str) -> dict[str, Any] | None:
@@ -272,14 +291,3 @@ def _parsed(line: str) -> dict[str, Any] | None:
         return json.loads(line)
     except ValueError:
         return None
-
-
-class _exact_arithmetic:
-    """While it lasts, products are computed in full float32."""
-
-    def __enter__(self) -> None:
-        self.before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-
-    def __exit__(self, *_: object) -> None:
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = self.before

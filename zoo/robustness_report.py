@@ -7,19 +7,62 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zoo.attacks import pgd
+from zoo.attacks import is_right, pgd
 from zoo.cards import markdown_table
 from zoo.masking import checks, suspected
-from zoo.models import ImageModel
+from zoo.measures import interval
+from zoo.models import PLAIN, ImageModel
 from zoo.plots import plot_attacked, plot_curves, plot_efforts
 from zoo.probes import ATTACKS, EFFORTS, STEPS, TITLES, step_size
-from zoo.reports import interval
 from zoo.robustness import PAPER_EPS, Result
 
 # Of a card, by the names of probes.
 ON_CARDS = {"fgsm": "FGSM", "bim": "BIM", "pgd": "PGD-50×5", "autoattack": "AutoAttack"}
 # For comparison with the paper only; the headline is the worst case.
 COMPARED = ("fgsm", "bim", "bim_quarter")
+
+
+RESULTS = Path(__file__).resolve().parent.parent / "results" / "robustness"
+# Of which the docs show the results side by side, the plain twin first.
+FAMILIES = ("cifar10_resnet20", "mnist_cnn6", "mnist_adversarial_cnn6")
+
+
+def published_families(results: Path = RESULTS) -> dict[str, list[Result]]:
+    """Return the published results of each family that has any, the plain twin's first."""
+    found: dict[str, list[Result]] = {}
+    for family in FAMILIES:
+        paths = sorted(results.glob(f"{family}_*.json"), key=lambda path: (f"_{PLAIN}" not in path.stem, path.stem))
+        if paths:
+            found[family] = [Result.read(path) for path in paths]
+    return found
+
+
+def family_blocks() -> dict[str, str]:
+    """Return the generated parts of docs/robustness.md by name, those of each family and those of all together."""
+    families = published_families()
+    blocks = {}
+    for family in FAMILIES:
+        if not (results := families.get(family)):
+            blocks |= dict.fromkeys((f"robustness_{family}", f"masking_{family}", f"paper_{family}"), "Not measured.")
+            continue
+        headlines = "\n".join(f"- {headline(result)}" for result in results)
+        blocks[f"robustness_{family}"] = f"{headlines}\n\n{attack_table(results)}"
+        blocks[f"masking_{family}"] = check_table(results)
+        blocks[f"paper_{family}"] = paper_table(results)
+    plain = {family: result for family, results in families.items() for result in results if is_plain(result)}
+    twins = {
+        result.about["checkpoint"]: plain[family]
+        for family, results in families.items()
+        for result in results
+        if family in plain and not is_plain(result)
+    }
+    blocks["effort"] = effort_table([result for results in families.values() for result in results], twins)
+    return blocks
+
+
+def is_plain(result: Result) -> bool:
+    """Return whether a result is of a network of ordinary convolutions."""
+    return result.about["checkpoint"].endswith(f"_{PLAIN}")
 
 
 def level(eps: float) -> str:
@@ -39,11 +82,20 @@ def headline(result: Result) -> str:
     """Return in one sentence how many images are named right in the worst case, and whether to believe it."""
     doubts = suspected(result)
     believed = f"; masked gradients are suspected ({'; '.join(check.what for check in doubts)})" if doubts else ""
+    left_out = f" that was run (not {', '.join(result.unmeasured())})" if result.unmeasured() else ""
     return (
         f"{result.about['checkpoint']}: {with_interval(result.worst())} % of {result.about['images']} test images of "
-        f"{result.about['data']} are named right under every attack, with pixels changed by at most "
+        f"{result.about['data']} are named right under every attack{left_out}, with pixels changed by at most "
         f"{level(result.eps)}{believed}."
     )
+
+
+def masking(result: Result) -> str:
+    """Return whether masked gradients are suspected, and how many signs were not looked for."""
+    if suspected(result):
+        return "SUSPECTED"
+    missing = result.unmeasured()
+    return f"not all signs looked for ({len(checks(result))} were)" if missing else "not suspected"
 
 
 def attack_table(results: Sequence[Result]) -> str:
@@ -55,7 +107,7 @@ def attack_table(results: Sequence[Result]) -> str:
         if any(values is not None for values in cells):
             rows.append((TITLES[attack], *("–" if values is None else with_interval(values) for values in cells)))
     rows.append(("**worst case of each image**", *(f"**{with_interval(result.worst())}**" for result in results)))
-    rows.append(("masked gradients", *("SUSPECTED" if suspected(result) else "not suspected" for result in results)))
+    rows.append(("masked gradients", *map(masking, results)))
     return markdown_table(header, rows)
 
 
@@ -100,7 +152,8 @@ def effort_table(results: Sequence[Result], twins: Mapping[str, Result]) -> str:
         found = effort[right].isfinite().float().mean().item() if right.any() else 1.0
         quartiles = (f"{effort[right].quantile(q).item():.3f}" for q in (0.25, 0.5, 0.75))
         twin = twins.get(result.about["checkpoint"])
-        compared = ratio_to_twin(effort, twin.effort()) if twin and twin.effort() is not None else "–"
+        comparable = twin and twin.effort() is not None and twin.is_of_the_same_images(result)
+        compared = ratio_to_twin(effort, twin.effort()) if comparable else "–"
         rows.append((result.about["checkpoint"], str(int(right.sum())), *quartiles, compared, f"{100 * found:.0f} %"))
     return markdown_table(header, rows)
 
@@ -110,7 +163,8 @@ def ratio_to_twin(effort: Tensor, twin: Tensor) -> str:
     count = min(len(effort), len(twin))
     effort, twin = effort[:count], twin[:count]
     both = (effort > 0) & (twin > 0)
-    if not both.any():
+    # A mistake that was not found may be anywhere.
+    if not both.any() or not (effort.isfinite() & twin.isfinite()).all():
         return "–"
     mine, theirs = effort[both], twin[both]
     drawn = torch.randint(len(mine), (2000, len(mine)), generator=torch.Generator().manual_seed(0))
@@ -169,10 +223,14 @@ def draw(results: Sequence[Result], stem: Path) -> list[Path]:
 
 
 def draw_attacked(model: ImageModel, images: Tensor, labels: Tensor, eps: float, path: Path) -> None:
-    """Write a picture of images that the network names right, what PGD adds to them, and what it then calls them."""
-    with torch.no_grad():
-        right = (model(images).argmax(1) == labels).nonzero()[:6, 0]
+    """Write a picture of images that the network names right, what PGD adds to them, and what it then calls them.
+
+    If it names none right, there is no picture.
+    """
+    right = is_right(model, images, labels).nonzero()[:6, 0]
     images, labels = images[right], labels[right]
+    if not len(right):
+        return
     moved = pgd(model, images, labels, eps, step=step_size(eps, STEPS), steps=STEPS)
     with torch.no_grad():
         guesses = [model(batch).argmax(1).tolist() for batch in (images, moved)]
