@@ -302,13 +302,19 @@ def test_unknown_attacks_and_limits_are_refused(tmp_path):
     with pytest.raises(ValueError, match="limit must be at least 1, got 0"):
         evaluate(NAME, Digits(), steps("clean"), limit=0, work=tmp_path)
     with pytest.raises(ValueError, match="the network has class_names"):
+        evaluate(NAME, Digits(), steps("clean"), others=["cifar10_resnet20_conv"], work=tmp_path)
+    with pytest.raises(ValueError, match="the network has class_names"):
         evaluate("cifar10_resnet20_conv", Digits(), steps("clean"), work=tmp_path)
 
 
-def test_a_missing_extra_is_told(monkeypatch):
+def test_a_missing_extra_is_told(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "pyautoattack", None)
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'decoupled-zoo\[robustness\]'"):
         probes.optional("pyautoattack")
+    monkeypatch.setattr(sys, "argv", ["zoo", "robustness", NAME])
+    with pytest.raises(SystemExit):
+        command_line.main()
+    assert "error: pyautoattack is not installed" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["digits_cnn6_conv", NAME])

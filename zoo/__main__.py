@@ -116,7 +116,7 @@ def main() -> None:
     command.add_argument("name", help="the checkpoint's name or folder")
     command.add_argument("--data", help=f"one of {', '.join(DATA)}; by default what it was measured on")
     command.add_argument("--root", help="the folder of the images")
-    command.add_argument("--attack", action="append", default=[], help="only this one (several times for more)")
+    command.add_argument("--attack", action="append", default=[], help="only this one (give it again for more)")
     command.add_argument("--eps", type=pixels, default=EPS, help="largest change of a pixel (default: 8/255)")
     command.add_argument("--limit", type=positive(int), default=1000, help="test images (default: %(default)s)")
     command.add_argument(

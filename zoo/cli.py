@@ -30,7 +30,15 @@ from zoo.sources import shape_of
 logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "litlogger" not in record.msg)
 warnings.filterwarnings("ignore", message=".*LeafSpec", module="lightning")
 
-CURABLE = (argparse.ArgumentError, ValueError, TypeError, OSError, FloatingPointError, MisconfigurationException)
+CURABLE = (
+    argparse.ArgumentError,
+    ValueError,
+    TypeError,
+    OSError,
+    FloatingPointError,
+    ModuleNotFoundError,
+    MisconfigurationException,
+)
 
 # What a shell gives a program that Ctrl-C has stopped: 128 and the signal's number.
 INTERRUPTED = 130

@@ -188,7 +188,7 @@ def evaluate(
         tell: is told the step, and how many batches of how many are done.
 
     Raises:
-        ValueError: no such checkpoint, images that are not the network's, or a limit below 1.
+        ValueError: no such checkpoint, images that are not those of the network and the others, or a limit below 1.
     """
     for name, number in {"limit": limit, "effort_limit": effort_limit}.items():
         if number is not None and number < 1:
@@ -197,6 +197,8 @@ def evaluate(
     check_data(model.spec, data)
     config = read_config(zoo.find(where))
     companions = {name: zoo.load(name, device=device) for name in others}
+    for companion in companions.values():
+        check_data(companion.spec, data)
     images, labels = data.evenly_spaced("test", limit or len(data.split("test")))
     content = hashlib.sha256(images.numpy().tobytes() + labels.numpy().tobytes()).hexdigest()
     hashes = [read_config(zoo.find(name))["sha256"] for name in others]
