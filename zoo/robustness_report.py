@@ -94,8 +94,9 @@ def masking(result: Result) -> str:
     """Return whether masked gradients are suspected, and how many signs were not looked for."""
     if suspected(result):
         return "SUSPECTED"
-    missing = result.unmeasured()
-    return f"not all signs looked for ({len(checks(result))} were)" if missing else "not suspected"
+    if result.unmeasured():
+        return f"only {len(checks(result))} signs looked for" if checks(result) else "not looked for"
+    return "not suspected"
 
 
 def attack_table(results: Sequence[Result]) -> str:
@@ -189,11 +190,14 @@ def report(result: Result, twin: Result | None) -> str:
     """Return everything about one result in Markdown, beside its plain twin's if that was measured."""
     both = [result, *([twin] if twin else [])]
     twins = {result.about["checkpoint"]: twin} if twin else {}
+    bound = "A network is as robust as the worst case says, and no more."
+    if result.unmeasured():
+        bound = "As a part of the attacks only was run, this is an upper bound, and no robustness."
     parts = [
         f"# How robust is {result.about['checkpoint']}?",
         headline(result),
         f"Images evenly spaced over the test split; {result.about['hardware']}, torch {result.about['torch']}. In "
-        "brackets Wilson's 95 % intervals. A network is as robust as the worst case says, and no more.",
+        f"brackets Wilson's 95 % intervals. {bound}",
         f"## Accuracy with pixels changed by at most {level(result.eps)}",
         attack_table(both),
         "## Are gradients masked?",
