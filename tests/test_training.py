@@ -76,7 +76,8 @@ def test_every_recipe_trains_and_gives_a_checkpoint(name, images, tmp_path, monk
     # As the recipe has it, so that the accuracy can be verified without naming a folder.
     root = {"mnist": "data", "cifar10": "data/cifar10"}.get(name.split("_")[0])
     assert config["training"]["data"]["arguments"].get("root") == root
-    assert config["precision"] == ("float16" if "cnn9" in name else "float32")
+    # All have more than the MiB of parameters that would be stored in float32.
+    assert 4 * config["parameters"] > LARGEST_IN_FLOAT32 and config["precision"] == "float16"
     recipe = yaml.safe_load((training.CONFIGS / f"{name}.yaml").read_text(encoding="utf-8"))
     assert read_operator(config["operator"]) == read_operator(recipe["model"]["operator"])
 
