@@ -459,7 +459,7 @@ WRONG = {
     "subcommand": ("fitt", "invalid choice: 'fitt' (choose from"),
     "option": ("fit --bogus 3", "unknown option '--bogus'"),
     "misspelt option": ("fit --trainer.max_epoch=1", "'--trainer.max_epoch'. Did you mean '--trainer.max_epochs'?"),
-    "abbreviation": ("fit --model.learning_rat 1", "Did you mean '--model.learning_rate'? Choose one of: --model.arch"),
+    "abbreviation": ("fit --model.learning_rat 1", "Did you mean '--model.learning_rate'? Choose one of: --model.adv"),
     "group": ("fit --modle.operator conv", "Did you mean '--model.operator'? Choose one of: --checkpoint, --ckpt"),
     "setting": ("fit --data.batch_siz 3", "unknown setting (--data) of Digits 'batch_siz'. Did you mean 'batch_size'?"),
     "data": ("fit --data Digitss", "unknown data set 'Digitss'. Did you mean 'Digits'?"),
