@@ -461,6 +461,25 @@ def test_the_smoothness_of_every_convolution_is_measured():
     )
 
 
+@pytest.mark.parametrize(
+    ("before", "under_fgsm", "under_pgd", "alarmed"),
+    [
+        (None, 0.50, 0.36, False),
+        (None, 0.50, 0.34, True),
+        (0.50, 0.42, 0.41, False),
+        (0.50, 0.40, 0.39, True),
+        (0.30, 0.60, 0.50, False),
+    ],
+)
+def test_a_gap_and_a_fall_each_raise_the_alarm(monkeypatch, recwarn, before, under_fgsm, under_pgd, alarmed):
+    alarm, module = OverfittingAlarm(AdversarialTraining(eps=0.02)), _Module(zoo.load(NAME))
+    alarm.load_state_dict({"before": before, "alarms": []})
+    shares = iter([under_fgsm, under_pgd])
+    monkeypatch.setattr("zoo.adversarial.is_right", lambda *_: torch.arange(100) < 100 * next(shares) - 0.5)
+    alarm.on_validation_epoch_end(_Trainer, module)
+    assert bool(alarm.alarms) == alarmed == any("catastrophic" in str(warning.message) for warning in recwarn)
+
+
 def test_efforts_are_the_smallest_of_all_attacks():
     values = {"deepfool": torch.tensor([1.0, 2.0, 0.0]), "ddn": torch.tensor([2.0, 1.5])}
     result = Result({"eps": EPS}, values)

@@ -138,23 +138,24 @@ def _download(repository: str, what: str, commit: str, sizes: Mapping[str, int],
 def _download_in_time(file: str, what: str, repository: str, commit: str, size: int, renew: bool) -> Path:
     """Return the folder of a commit in the cache, with this file, unless for too long no piece of it comes."""
     blobs = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=repository, repo_type="model"), "blobs")
-    pieces: list[float] = []
+    received = 0.0
 
     class Bar(tqdm):
         """The client's progress bar, which it tells of every piece."""
 
         def update(self, n: float | None = 1) -> bool | None:
-            pieces.append(n or 0)
+            nonlocal received
+            received += n or 0
             # Twice, as Xet tells both what it has received and what it has made of it; and in more than one attempt.
-            if sum(pieces) > 2 * (RETRIES + 1) * size + constants.DOWNLOAD_CHUNK_SIZE:
+            if received > 2 * (RETRIES + 1) * size + constants.DOWNLOAD_CHUNK_SIZE:
                 raise ValueError(f"the Hub sends more than the {size:,} bytes that it said")
             return super().update(n)
 
     def progress() -> object:
         """Return what has come so far, also if another process, which has the cache's lock, fetches it."""
         with contextlib.suppress(OSError):
-            return len(pieces), sorted((part.name, part.stat().st_size) for part in blobs.glob("*.incomplete"))
-        return len(pieces)
+            return received, sorted((part.name, part.stat().st_size) for part in blobs.glob("*.incomplete"))
+        return received
 
     arguments = (repository, file, commit, renew, Bar)
     return _ask(f"{file} of {what}", SECONDS_A_PIECE, _download_file, *arguments, progress=progress)

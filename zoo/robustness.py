@@ -16,7 +16,7 @@ from operators.lookup import unknown_name
 from zoo.checkpoints import read_config, write_whole
 from zoo.classifier import check_data, origin
 from zoo.data import ImageData
-from zoo.models import PLAIN
+from zoo.models import PLAIN, ModelSpec
 from zoo.probes import AT_SEVERAL_EPS, ATTACKS, EFFORTS, GRADIENT_ATTACKS, PROBES, Subject, exact_arithmetic
 
 # In units of pixels in [0, 1]: the largest change of a pixel unless another is asked for, those at which FGSM and BIM
@@ -253,9 +253,7 @@ def companions_of(name: str) -> list[str]:
         config = read_config(zoo.find(name))
     except ValueError:
         return []
-    operator = config["operator"]
-    suffix = operator if isinstance(operator, str) else f"{operator['magnitude']}_{operator['angular']}"
-    family = config["name"].removesuffix(suffix)
+    family = config["name"].removesuffix(ModelSpec.from_dict(config).operator_name)
     relatives = [other for other in zoo.list_checkpoints() if other.startswith(family) and other != config["name"]]
     return sorted(relatives, key=lambda other: other != family + PLAIN)[:2]
 
