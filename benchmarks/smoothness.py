@@ -19,7 +19,7 @@ from zoo.cards import markdown_table
 from zoo.checkpoints import write_whole
 from zoo.classifier import origin
 from zoo.export import measured_data
-from zoo.models import PLAIN
+from zoo.models import is_plain
 from zoo.reports import filled
 from zoo.smoothness import by_layer
 
@@ -67,7 +67,7 @@ def blocks() -> dict[str, str]:
     for family in FAMILIES:
         names = [name for name in record if name.startswith(f"{family}_")]
         # The plain twin stands first.
-        names.sort(key=lambda name: name != f"{family}_{PLAIN}")
+        names.sort(key=is_plain, reverse=True)
         found[f"smoothness_{family}"] = layer_table(record, names)
     return found
 

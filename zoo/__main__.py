@@ -27,7 +27,7 @@ from zoo.classifier import CALIBRATION_IMAGES, origin
 from zoo.cli import command_of, interrupted, portable, readable_errors
 from zoo.data import DATA, Digits, ImageData, sample_files
 from zoo.export import check_absent, check_name, export, measure, measured_data, recorded_data
-from zoo.models import PLAIN
+from zoo.models import PLAIN, is_plain
 from zoo.plots import plot_operators, plot_predictions
 from zoo.probes import NEEDS, optional
 from zoo.publish import publish
@@ -339,7 +339,7 @@ def attack_checkpoint(arguments: argparse.Namespace) -> None:
     name = result.about["checkpoint"]
     numbers, text, picture = (arguments.to / f"{name}{end}" for end in (".json", ".md", "_images.png"))
     result.write(numbers)
-    path = arguments.to / f"{next((other for other in others if other.endswith(f'_{PLAIN}')), None)}.json"
+    path = arguments.to / f"{next(filter(is_plain, others), None)}.json"
     twin = Result.read(path) if path.is_file() else None
     if twin and not result.is_of_the_same_images(twin):
         print(f"{path} is of other images or another ε, and left out")

@@ -34,6 +34,11 @@ OF_TIMM = "decoupled_zoo"
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
+def is_plain(name: str) -> bool:
+    """Return whether a checkpoint of that name (<data>_<architecture>_<operator>) is a plain twin."""
+    return name.endswith(f"_{PLAIN}")
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelSpec:
     """Everything needed to build a model again, as JSON-able values.

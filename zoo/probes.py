@@ -47,7 +47,9 @@ def attack(perturb: Callable[[nn.Module, Tensor, Tensor, float, int], Tensor]) -
 
     def probe(subject: Subject, images: Tensor, labels: Tensor, eps: float, seed: int) -> Tensor:
         moved = perturb(subject.model, images, labels, eps, seed)
-        assert (moved - images).abs().max() <= eps + 1e-5 and moved.min() >= 0 and moved.max() <= 1
+        farthest = (moved - images).abs().max().item()
+        if farthest > eps + 1e-5 or moved.min() < 0 or moved.max() > 1:
+            raise ArithmeticError(f"an attack moved a pixel by {farthest}, which may be {eps}, or out of [0, 1]")
         return (is_right(subject.model, images, labels) & is_right(subject.model, moved, labels)).float()
 
     return probe

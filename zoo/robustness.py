@@ -16,7 +16,7 @@ from operators.lookup import unknown_name
 from zoo.checkpoints import read_config, write_whole
 from zoo.classifier import check_data, origin
 from zoo.data import ImageData
-from zoo.models import PLAIN, ModelSpec
+from zoo.models import ModelSpec, is_plain
 from zoo.probes import AT_SEVERAL_EPS, ATTACKS, EFFORTS, GRADIENT_ATTACKS, PROBES, Subject, exact_arithmetic
 
 # In units of pixels in [0, 1]: the largest change of a pixel unless another is asked for, those at which FGSM and BIM
@@ -255,7 +255,7 @@ def companions_of(name: str) -> list[str]:
         return []
     family = config["name"].removesuffix(ModelSpec.from_dict(config).operator_name)
     relatives = [other for other in zoo.list_checkpoints() if other.startswith(family) and other != config["name"]]
-    return sorted(relatives, key=lambda other: other != family + PLAIN)[:2]
+    return sorted(relatives, key=is_plain, reverse=True)[:2]
 
 
 def chosen_steps(names: Sequence[str], eps: float) -> list[Step]:

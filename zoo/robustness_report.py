@@ -1,5 +1,6 @@
 """What ``python -m zoo robustness`` shows of a result: tables in Markdown and pictures."""
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from zoo.attacks import is_right, pgd
 from zoo.cards import markdown_table
 from zoo.masking import checks, suspected
 from zoo.measures import interval
-from zoo.models import PLAIN, ImageModel
+from zoo.models import ImageModel, is_plain
 from zoo.plots import plot_attacked, plot_curves, plot_efforts
 from zoo.probes import ATTACKS, EFFORTS, STEPS, TITLES, step_size
 from zoo.robustness import PAPER_EPS, Result
@@ -20,7 +21,6 @@ from zoo.robustness import PAPER_EPS, Result
 ON_CARDS = {"fgsm": "FGSM", "bim": "BIM", "pgd": "PGD-50×5", "autoattack": "AutoAttack"}
 # For comparison with the paper only; the headline is the worst case.
 COMPARED = ("fgsm", "bim", "bim_quarter")
-
 
 RESULTS = Path(__file__).resolve().parent.parent / "results" / "robustness"
 # Of which the docs show the results side by side, the plain twin first.
@@ -31,7 +31,7 @@ def published_families(results: Path = RESULTS) -> dict[str, list[Result]]:
     """Return the published results of each family that has any, the plain twin's first."""
     found: dict[str, list[Result]] = {}
     for family in FAMILIES:
-        paths = sorted(results.glob(f"{family}_*.json"), key=lambda path: (f"_{PLAIN}" not in path.stem, path.stem))
+        paths = sorted(results.glob(f"{family}_*.json"), key=lambda path: (not is_plain(path.stem), path.stem))
         if paths:
             found[family] = [Result.read(path) for path in paths]
     return found
@@ -49,20 +49,27 @@ def family_blocks() -> dict[str, str]:
         blocks[f"robustness_{family}"] = f"{headlines}\n\n{attack_table(results)}"
         blocks[f"masking_{family}"] = check_table(results)
         blocks[f"paper_{family}"] = paper_table(results)
-    plain = {family: result for family, results in families.items() for result in results if is_plain(result)}
+    plain = {family: result for family, results in families.items() for result in results if is_plain(name_of(result))}
     twins = {
-        result.about["checkpoint"]: plain[family]
+        name_of(result): plain[family]
         for family, results in families.items()
         for result in results
-        if family in plain and not is_plain(result)
+        if family in plain and not is_plain(name_of(result))
     }
     blocks["effort"] = effort_table([result for results in families.values() for result in results], twins)
     return blocks
 
 
-def is_plain(result: Result) -> bool:
-    """Return whether a result is of a network of ordinary convolutions."""
-    return result.about["checkpoint"].endswith(f"_{PLAIN}")
+def name_of(result: Result) -> str:
+    """Return the name of the checkpoint that was attacked."""
+    return result.about["checkpoint"]
+
+
+def columns(results: Sequence[Result]) -> list[str]:
+    """Return the names of checkpoints without what they have in common: of a family, the operators."""
+    names = list(map(name_of, results))
+    common = os.path.commonprefix(names).rpartition("_")[0] if len(names) > 1 else ""
+    return [name.removeprefix(f"{common}_") for name in names]
 
 
 def level(eps: float) -> str:
@@ -101,7 +108,7 @@ def masking(result: Result) -> str:
 
 def attack_table(results: Sequence[Result]) -> str:
     """Return the accuracy under each attack at each result's ε, one column a checkpoint, and the worst case."""
-    header = ("accuracy, %", *(result.about["checkpoint"] for result in results))
+    header = ("accuracy, %", *columns(results))
     rows = []
     for attack in ATTACKS:
         cells = [result.of(attack) for result in results]
@@ -122,7 +129,7 @@ def check_table(results: Sequence[Result]) -> str:
         limit = next(check.row()[2] for check in cells if check)
         told = ("–" if check is None else f"{check.row()[1]}, {check.verdict}" for check in cells)
         rows.append((name, limit, *told))
-    return markdown_table(("sign of masked gradients", "at most", *(r.about["checkpoint"] for r in results)), rows)
+    return markdown_table(("sign of masked gradients", "at most", *columns(results)), rows)
 
 
 def paper_table(results: Sequence[Result]) -> str:
@@ -134,7 +141,7 @@ def paper_table(results: Sequence[Result]) -> str:
             if any(share is not None for share in shares):
                 cells = ("–" if share is None else f"{100 * share:.1f}" for share in shares)
                 rows.append((level(eps), TITLES[attack], *cells))
-    return markdown_table(("ε", "accuracy, %", *(r.about["checkpoint"] for r in results)), rows)
+    return markdown_table(("ε", "accuracy, %", *columns(results)), rows)
 
 
 def effort_table(results: Sequence[Result], twins: Mapping[str, Result]) -> str:
@@ -152,10 +159,10 @@ def effort_table(results: Sequence[Result], twins: Mapping[str, Result]) -> str:
         right = effort > 0
         found = effort[right].isfinite().float().mean().item() if right.any() else 1.0
         quartiles = (f"{effort[right].quantile(q).item():.3f}" for q in (0.25, 0.5, 0.75))
-        twin = twins.get(result.about["checkpoint"])
+        twin = twins.get(name_of(result))
         comparable = twin and twin.effort() is not None and twin.is_of_the_same_images(result)
         compared = ratio_to_twin(effort, twin.effort()) if comparable else "–"
-        rows.append((result.about["checkpoint"], str(int(right.sum())), *quartiles, compared, f"{100 * found:.0f} %"))
+        rows.append((name_of(result), str(int(right.sum())), *quartiles, compared, f"{100 * found:.0f} %"))
     return markdown_table(header, rows)
 
 
@@ -189,7 +196,7 @@ def card_record(result: Result) -> dict[str, Any]:
 def report(result: Result, twin: Result | None) -> str:
     """Return everything about one result in Markdown, beside its plain twin's if that was measured."""
     both = [result, *([twin] if twin else [])]
-    twins = {result.about["checkpoint"]: twin} if twin else {}
+    twins = {name_of(result): twin} if twin else {}
     bound = "A network is as robust as the worst case says, and no more."
     if result.unmeasured():
         bound = "As a part of the attacks only was run, this is an upper bound, and no robustness."
@@ -214,11 +221,11 @@ def report(result: Result, twin: Result | None) -> str:
 def draw(results: Sequence[Result], stem: Path) -> list[Path]:
     """Write the pictures of results beside each other: accuracy over ε, and the efforts; return the files."""
     written = []
-    curves = {result.about["checkpoint"]: result.curve() for result in results if len(result.curve()) > 1}
+    curves = {name_of(result): result.curve() for result in results if len(result.curve()) > 1}
     if curves:
         written.append(stem.with_name(f"{stem.name}_curve.png"))
         plot_curves(curves, written[-1])
-    efforts = {r.about["checkpoint"]: effort for r in results if (effort := r.effort()) is not None}
+    efforts = {name_of(r): effort for r in results if (effort := r.effort()) is not None}
     shown = {name: lengths[(lengths > 0) & lengths.isfinite()].tolist() for name, lengths in efforts.items()}
     if any(shown.values()):
         written.append(stem.with_name(f"{stem.name}_effort.png"))
