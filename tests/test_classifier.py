@@ -7,9 +7,10 @@ import torch.nn.functional as F
 
 import zoo
 from operators import DecoupledConv2d
-from zoo.callbacks import LastCheckpoint, WeightedGradients, WeightProjection
+from zoo.callbacks import WeightedGradients, WeightProjection
 from zoo.classifier import Classifier, learning_rate_factor, orthogonality_penalty, read_lightning_checkpoint
 from zoo.data import Digits
+from zoo.saving import LastCheckpoint
 
 LEARNED = {"name": "tanh_cosine", "radius_mode": "learned", "radius_relative": True}
 

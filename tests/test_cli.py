@@ -118,7 +118,7 @@ def test_a_checkpoint_stands_for_its_own_settings(run):
     saved = torch.load(path, weights_only=True)
     assert saved["global_step"] == 4 and saved["decoupled_zoo"]["spec"]["operator"]["radius"] == 2.0
     assert saved["decoupled_zoo"]["data"]["arguments"]["batch_size"] == 32
-    assert {file.name for file in path.parent.iterdir()} == {"best.ckpt", "last.ckpt"}
+    assert {file.name for file in path.parent.iterdir()} == {"best.ckpt", "last.ckpt", "previous.ckpt"}
 
 
 def test_a_run_goes_on_to_its_own_last_epoch(run):
@@ -142,11 +142,11 @@ def test_a_run_that_has_ended_is_told_to_be_one(run):
 @pytest.mark.parametrize(
     ("step", "told"),
     [
-        (1, "nothing is kept: last.ckpt is written at the end of each epoch, and none has ended"),
-        (3, "run/last.ckpt holds the last whole epoch; to go on: python train.py fit --ckpt_path run/last.ckpt"),
+        (1, "nothing is kept, for nothing was saved yet"),
+        (3, "run/last.ckpt holds step 2; to go on, give the same command again if it names the folder"),
     ],
 )
-def test_control_c_tells_how_to_go_on(run, monkeypatch, step, told):
+def test_a_second_control_c_tells_how_to_go_on(run, monkeypatch, step, told):
     def interrupted(self, batch, batch_index):
         if self.global_step == step:
             raise KeyboardInterrupt
@@ -170,13 +170,13 @@ def test_control_c_says_how_to_go_on_with_the_zoo(run, monkeypatch, words):
     monkeypatch.setattr("zoo.training.run", lambda *_: signal.raise_signal(signal.SIGINT))
     status, printed, errors = run(*words, "--scale=tiny" if "table" in words else "--to=.", main=command_line.main)
     assert (status, errors) == (130, "")
-    assert printed == "\nstopped; the same command goes on from the last whole epoch\n"
+    assert printed == "\nstopped; the same command goes on from what was saved\n"
 
 
 def test_a_folder_with_another_run_is_left_alone(run):
     path = fit(run)
     before = path.read_bytes()
-    status, _, errors = run("fit", *SHORT, "--checkpoint.dirpath", "run")
+    status, _, errors = run("fit", *SHORT, "--checkpoint.dirpath", "run", "--model.warmup=0.2")
     assert status == 1 and "run/last.ckpt is another run's: go on with it (--ckpt_path run/last.ckpt), or" in errors
     assert path.read_bytes() == before
 

@@ -22,6 +22,7 @@ from torchvision import datasets
 import zoo.data
 from zoo.augmentation import augment_batch, random_cutout, random_flip, random_resized_crop, random_shift
 from zoo.data import build_data
+from zoo.randomness import uniform
 from zoo.transforms import ImageTransform
 
 SPLITS = ("train", "val", "test")
@@ -31,6 +32,10 @@ TWO = {"train/a": 2, "train/b": 2}
 
 def noise(*shape, seed=0):
     return numpy.random.default_rng(seed).integers(0, 256, shape, dtype=numpy.uint8)
+
+
+def draws(images, number):
+    return uniform(torch.arange(len(images)), number)
 
 
 def count(images, labels):
@@ -224,11 +229,12 @@ def test_images_in_memory_are_decoded_once_and_others_once_more_than_used(
     data.setup("fit")
     data.setup("test")
     loaders = [data.train_dataloader(), data.val_dataloader()]
-    assert [getattr(loader, "num_workers", 0) for loader in loaders] == [workers] * 2
+    assert [loader.reader.num_workers if loader.reader else 0 for loader in loaders] == [workers] * 2
     for loader in loaders * 3:
         if workers:
-            loader = DataLoader(loader.dataset, batch_sampler=loader.batch_sampler, collate_fn=loader.collate_fn)
-        assert sum(len(labels) for _, labels in loader) == len(loader.dataset)
+            # Calls in other processes would not be counted.
+            loader = DataLoader(loader.dataset, batch_sampler=loader.sampler, collate_fn=loader.reader.collate_fn)
+        assert sum(len(labels) for _, labels, *_ in loader) == len(loader.dataset)
     assert collections.Counter(calls) == {tmp_path / "train" / c / f"{i}.png": decoded for c in "ab" for i in range(4)}
 
 
@@ -432,7 +438,7 @@ def test_random_shift_is_one_of_all_shifts_and_each_as_often(padding, dtype):
         moved = F.pad(image, [padding] * 4).roll(move, (1, 2))[:, padding : padding + 5, padding : padding + 6]
         expected[moved.numpy().tobytes()] = move
     images = image.repeat(400 * len(expected), 1, 1, 1)
-    shifted = random_shift(images, padding, torch.Generator().manual_seed(0))
+    shifted = random_shift(images, padding, draws(images, 2))
     assert shifted.shape == images.shape and shifted.dtype == dtype
     counts = collections.Counter(expected[image.numpy().tobytes()] for image in shifted)
     assert len(counts) == (2 * padding + 1) ** 2 and all(300 <= number <= 500 for number in counts.values())
@@ -440,7 +446,7 @@ def test_random_shift_is_one_of_all_shifts_and_each_as_often(padding, dtype):
 
 def test_random_flip_mirrors_half_of_the_images():
     image = torch.from_numpy(noise(3, 4, 5))
-    flipped = random_flip(image.repeat(2000, 1, 1, 1), torch.Generator().manual_seed(0))
+    flipped = random_flip(images := image.repeat(2000, 1, 1, 1), draws(images, 1)[:, 0])
     same, mirrored = ((flipped == other).flatten(1).all(1) for other in (image, image.flip(2)))
     assert (same ^ mirrored).all() and 900 <= mirrored.sum() <= 1100
 
@@ -451,14 +457,13 @@ def test_random_flip_mirrors_half_of_the_images():
 )
 def test_augmentation_gives_all_that_it_may(augment, size, outcomes):
     images = torch.from_numpy(noise(3, size, size)).repeat(1000, 1, 1, 1)
-    torch.manual_seed(0)
-    augmented = augment_batch(images, augment, size)
+    augmented = augment_batch(images, augment, size, torch.arange(len(images)))
     assert len(augmented.unique(dim=0)) == outcomes and (augmented is images) == (augment == "none")
 
 
 def test_random_cutout_blackens_one_square_that_may_be_cut_off_at_the_edge():
     images = torch.ones(4000, 2, 8, 6, dtype=torch.uint8)
-    cut = random_cutout(images, 4, torch.Generator().manual_seed(0))
+    cut = random_cutout(images, 4, draws(images, 2))
     outcomes = cut.unique(dim=0)
     assert torch.equal(cut[:, 0], cut[:, 1]) and images.all() and cut.dtype == torch.uint8
     black = outcomes[:, 0] == 0
@@ -486,8 +491,7 @@ def test_random_resized_crop_cuts_its_own_rectangle_out_of_each_image(size):
             resized = numpy.asarray(cut.resize((size, size), Image.Resampling.BILINEAR))
             boxes[top, left, height, width] = torch.from_numpy(resized.copy()).permute(2, 0, 1).flatten().float()
     images = torch.from_numpy(image).permute(2, 0, 1).repeat(400, 1, 1, 1)
-    torch.manual_seed(0)
-    cropped = random_resized_crop(images, size)
+    cropped = random_resized_crop(images, size, draws(images, 22))
     assert cropped.shape == (400, 3, size, size) and cropped.dtype == torch.uint8
     names, truth = list(boxes), torch.stack(list(boxes.values()))
     distances = torch.cdist(cropped.flatten(1).float(), truth, p=float("inf"))
@@ -499,8 +503,7 @@ def test_random_resized_crop_cuts_its_own_rectangle_out_of_each_image(size):
 
 def test_crops_are_mirrored_half_of_the_time():
     ramp = torch.arange(0, 240, 20, dtype=torch.uint8).expand(1000, 1, 12, 12)
-    torch.manual_seed(0)
-    augmented = augment_batch(ramp, "resized_crop_flip", 6)
+    augmented = augment_batch(ramp, "resized_crop_flip", 6, torch.arange(1000))
     rising, falling = (augmented[..., 0] < augmented[..., 5]), (augmented[..., 0] > augmented[..., 5])
     assert augmented.shape == (1000, 1, 6, 6) and (rising.all(2) ^ falling.all(2)).all()
     assert 440 <= rising.all(2).sum() <= 560
@@ -527,7 +530,8 @@ def test_crops_are_taken_of_larger_training_images(limit, tmp_path):
     for training in (True, False):
         cropping.trainer = types.SimpleNamespace(training=training, predicting=False)
         split = cropping.split("train" if training else "val")
-        floats, _ = cropping.on_after_batch_transfer(split.__getitems__([0, 1]), 0)
+        keys = [torch.arange(2)] if training else []
+        floats, _ = cropping.on_after_batch_transfer((*split.__getitems__([0, 1]), *keys), 0)
         assert floats.shape == (2, 3, 14, 14)
 
 
@@ -606,7 +610,7 @@ def test_only_training_images_are_augmented_and_all_become_floats():
     data = build_data("Digits")
     for training, predicting in ((True, False), (False, False), (False, True)):
         data.trainer = types.SimpleNamespace(training=training, predicting=predicting)
-        batch = data.on_after_batch_transfer((images, labels), 0)
+        batch = data.on_after_batch_transfer((images, labels, *([torch.arange(64)] if training else [])), 0)
         floats, kept = (batch, labels) if predicting else batch
         assert floats.dtype == torch.float32 and 0 <= floats.min() and floats.max() <= 1
         assert torch.equal(floats, images / 255) != training and torch.equal(kept, labels)
@@ -634,7 +638,7 @@ def test_training_images_are_shuffled_and_others_are_not():
     data = build_data("Digits", batch_size=431)
     loaders = [data.train_dataloader()] * 2 + [data.val_dataloader(), data.test_dataloader(), data.predict_dataloader()]
     epochs = [[torch.cat(parts) for parts in zip(*loader, strict=True)] for loader in loaders]
-    for (images, labels), split in zip(epochs, ("train", *SPLITS, "test"), strict=True):
+    for (images, labels, *_), split in zip(epochs, ("train", *SPLITS, "test"), strict=True):
         assert count(images.numpy(), labels) == contents(data, split)
         assert torch.equal(images, data.split(split).images) == (split != "train")
     assert not torch.equal(epochs[0][0], epochs[1][0])
@@ -644,7 +648,7 @@ def test_training_images_are_shuffled_and_others_are_not():
 @pytest.mark.parametrize("batch_size", [64, 100, 431, 432, 646, 647, 1292, 1293, 1294, 5000])
 def test_the_last_small_batch_is_dropped_but_never_the_only_one(batch_size):
     data = build_data("Digits", batch_size=batch_size)
-    batches = [len(labels) for _, labels in data.train_dataloader()]
+    batches = [len(labels) for _, labels, _ in data.train_dataloader()]
     assert batches == [min(batch_size, 1293)] * max(1, 1293 // batch_size)
     for processes in (2, 3, 8):
         data.trainer = fake_trainer(processes, rank=processes - 1)
@@ -675,7 +679,7 @@ def test_the_order_of_an_epoch_depends_on_seed_and_epoch_alone(monkeypatch):
         found = []
         for epoch in epochs:
             loader.sampler.set_epoch(epoch)
-            found.append(torch.cat([labels for _, labels in loader]).tolist())
+            found.append(torch.cat([labels for _, labels, _ in loader]).tolist())
         return found
 
     first, second = orders(0, [0, 1])

@@ -24,7 +24,7 @@ from zoo.augmentation import to_float
 from zoo.cards import model_card
 from zoo.checkpoints import CARD, PRETRAINED, find_local, read_config, write_whole
 from zoo.classifier import CALIBRATION_IMAGES, origin
-from zoo.cli import command_of, interrupted, portable, readable_errors
+from zoo.cli import command_of, portable, readable_errors, stop_status
 from zoo.data import DATA, Digits, ImageData, sample_files
 from zoo.export import check_absent, check_name, export, measure, measured_data, recorded_data
 from zoo.models import PLAIN, is_plain
@@ -434,8 +434,8 @@ def telling_how_to_go_on() -> Iterator[None]:
     try:
         yield
     except (KeyboardInterrupt, SystemExit) as error:
-        if interrupted(error):
-            print("\nstopped; the same command goes on from the last whole epoch", flush=True)
+        if stop_status(error):
+            print("\nstopped; the same command goes on from what was saved", flush=True)
         raise
 
 

@@ -48,7 +48,8 @@ class AdversarialTraining:
         """Return the attacked images; the model is in evaluation mode meanwhile.
 
         Args:
-            steps: of PGD, in place of those of training; an image is then left where it is mistaken first.
+            steps: of PGD, in place of those of training; an image is then left where it is mistaken first, and the
+                random start is always the same.
         """
         training = model.training
         model.eval()
@@ -56,8 +57,9 @@ class AdversarialTraining:
             if self.attack == "fgsm" and steps is None:
                 return fgsm(model, images, labels, self.eps)
             size = self.step or self.eps / 4
-            settings = {"step": size, "steps": steps or self.steps, "stop_early": steps is not None, "seed": None}
-            return pgd(model, images, labels, self.eps, **settings)
+            # In training, the classifier has seeded torch's own generator for the step.
+            settings = {"stop_early": steps is not None, "seed": None if steps is None else 0}
+            return pgd(model, images, labels, self.eps, step=size, steps=steps or self.steps, **settings)
         finally:
             model.train(training)
 

@@ -1,11 +1,18 @@
-"""Random changes of training images, batch by batch and on the device where they lie."""
+"""Random changes of training images, batch by batch and on the device where they lie.
 
+What is drawn for an image follows from its key (see ``zoo.randomness``), on the CPU, so that all devices change it
+alike and none has to be waited for.
+"""
+
+import math
 from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
-from torch import Generator, Tensor
-from torchvision.transforms.v2 import RandomResizedCrop
+import torchvision.transforms.v2.functional as TF
+from torch import Tensor
+
+from zoo.randomness import uniform
 
 Augment = Literal["none", "crop", "crop_flip", "crop_flip_cutout", "resized_crop_flip"]
 AUGMENTS = get_args(Augment)
@@ -13,6 +20,11 @@ AUGMENTS = get_args(Augment)
 # Of an image's area, what a random resized crop may have. Fine-tuning has fewer images than training on ImageNet, whose
 # recipes begin at 0.08, and a crop must still show what the class is known by.
 CROP_SCALE = (0.35, 1.0)
+CROP_RATIO = (3 / 4, 4 / 3)
+# So often a rectangle is drawn, until one lies within the image.
+CROP_TRIES = 10
+# Numbers that an image needs, of all the changes.
+DRAWS = 2 * CROP_TRIES + 3
 
 
 def to_float(images: Tensor) -> Tensor:
@@ -20,61 +32,74 @@ def to_float(images: Tensor) -> Tensor:
     return images.to(torch.float32, memory_format=torch.channels_last) / 255
 
 
-def random_shift(images: Tensor, padding: int, generator: Generator | None = None) -> Tensor:
+def random_shift(images: Tensor, padding: int, draws: Tensor) -> Tensor:
     """Move each image by its own random number of rows and columns in -padding..padding, filling with black.
 
     Args:
         images: (N, C, H, W), any dtype.
         padding: the furthest move, in pixels.
-        generator: the source of randomness, on the images' device; torch's own by default.
+        draws: for each image two numbers in [0, 1), (N, 2), on the CPU.
     """
     count, _, height, width = images.shape
     windows = F.pad(images, [padding] * 4).unfold(2, height, 1).unfold(3, width, 1)
-    top, left = torch.randint(2 * padding + 1, (2, count), generator=generator, device=images.device)
+    top, left = _whole(draws, 2 * padding + 1).to(images.device).T
     return windows[torch.arange(count, device=images.device), :, top, left]
 
 
-def random_flip(images: Tensor, generator: Generator | None = None) -> Tensor:
-    """Mirror each image (N, C, H, W) left to right with probability 1/2."""
-    flipped = torch.rand(len(images), 1, 1, 1, generator=generator, device=images.device) < 0.5
+def random_flip(images: Tensor, draws: Tensor) -> Tensor:
+    """Mirror each image (N, C, H, W) left to right if its draw, (N,) in [0, 1) on the CPU, is below 1/2."""
+    flipped = (draws < 0.5).view(-1, 1, 1, 1).to(images.device)
     return torch.where(flipped, images.flip(3), images)
 
 
-def random_cutout(images: Tensor, size: int, generator: Generator | None = None) -> Tensor:
+def random_cutout(images: Tensor, size: int, draws: Tensor) -> Tensor:
     """Blacken a square of each image (N, C, H, W), its centre anywhere in the image: near an edge it is cut off.
 
     Args:
         images: (N, C, H, W), any dtype.
         size: the square's height and width, in pixels.
-        generator: the source of randomness, on the images' device; torch's own by default.
+        draws: for each image two numbers in [0, 1), (N, 2), on the CPU.
 
     Source: DeVries and Taylor, Improved Regularization of Convolutional Neural Networks with Cutout, 2017.
     """
     inside = []
-    for length in images.shape[2:]:
-        start = torch.randint(length, (len(images), 1), generator=generator, device=images.device) - size // 2
+    for length, column in zip(images.shape[2:], draws.T, strict=True):
+        start = _whole(column, length).to(images.device).unsqueeze(1) - size // 2
         places = torch.arange(length, device=images.device)
         inside.append((places >= start) & (places < start + size))
     rows, columns = inside
     return images.masked_fill((rows.unsqueeze(2) & columns.unsqueeze(1)).unsqueeze(1), 0)
 
 
-def random_resized_crop(images: Tensor, size: int) -> Tensor:
+def random_resized_crop(images: Tensor, size: int, draws: Tensor) -> Tensor:
     """Cut its own random rectangle out of each image and resize it, antialiased, to a square.
 
-    A rectangle has 0.35 to 1 of the image's area and sides in a ratio of 3:4 to 4:3. Its place and shape come from
-    torch's own generator of the CPU, so that no device has to be waited for.
+    A rectangle has 0.35 to 1 of the image's area and sides in a ratio of 3:4 to 4:3; both are drawn until it lies
+    within the image, up to ten times, after which it is cut down to what does.
 
     Args:
         images: (N, C, H, W), any dtype.
         size: height and width of the result, in pixels.
+        draws: for each image 22 numbers in [0, 1), (N, 22), on the CPU.
+
+    Source: Szegedy et al., Going Deeper with Convolutions, 2015, section 6.
     """
-    crop = RandomResizedCrop(size, CROP_SCALE)
-    # Given the whole batch, it would cut the same rectangle out of all.
-    return torch.stack([crop(image) for image in images])
+    height, width = images.shape[2:]
+    areas, ratios, place = draws.split([CROP_TRIES, CROP_TRIES, 2], dim=1)
+    areas = height * width * (CROP_SCALE[0] + (CROP_SCALE[1] - CROP_SCALE[0]) * areas)
+    least, most = map(math.log, CROP_RATIO)
+    ratios = (least + (most - least) * ratios).exp()
+    widths, heights = (areas * ratios).sqrt().round().long(), (areas / ratios).sqrt().round().long()
+    first = ((widths <= width) & (heights <= height)).int().argmax(1, keepdim=True)
+    widths, heights = widths.gather(1, first)[:, 0].clamp(1, width), heights.gather(1, first)[:, 0].clamp(1, height)
+    tops, lefts = _whole(place[:, 0], height - heights + 1), _whole(place[:, 1], width - widths + 1)
+    boxes = torch.stack([tops, lefts, heights, widths], dim=1).tolist()
+    # Given the whole batch, one rectangle would be cut out of all.
+    crops = (TF.resized_crop(image, *box, [size, size]) for image, box in zip(images, boxes, strict=True))
+    return torch.stack(list(crops))
 
 
-def augment_batch(images: Tensor, augment: Augment, size: int) -> Tensor:
+def augment_batch(images: Tensor, augment: Augment, size: int, keys: Tensor) -> Tensor:
     """Change training images at random, each in its own way.
 
     "none" leaves them as they are, "crop" shifts them by up to an eighth of their height, "crop_flip" mirrors them,
@@ -85,12 +110,19 @@ def augment_batch(images: Tensor, augment: Augment, size: int) -> Tensor:
         images: (N, C, size, size), any dtype; for "resized_crop_flip" they may be larger.
         augment: one of ``AUGMENTS``.
         size: height and width of the result, in pixels.
+        keys: what the draws of each image follow from, int64 (N,) on the CPU.
     """
     if augment == "none":
         return images
+    draws = uniform(keys, DRAWS)
     if augment == "resized_crop_flip":
-        return random_flip(random_resized_crop(images, size))
-    images = random_shift(images, size // 8)
+        return random_flip(random_resized_crop(images, size, draws[:, :-1]), draws[:, -1])
+    images = random_shift(images, size // 8, draws[:, :2])
     if augment != "crop":
-        images = random_flip(images)
-    return random_cutout(images, size // 2) if augment == "crop_flip_cutout" else images
+        images = random_flip(images, draws[:, -1])
+    return random_cutout(images, size // 2, draws[:, 2:4]) if augment == "crop_flip_cutout" else images
+
+
+def _whole(draws: Tensor, count: int | Tensor) -> Tensor:
+    """Return for each draw from [0, 1) a whole number in 0..count-1."""
+    return (draws * count).long()

@@ -1,9 +1,7 @@
-"""Callbacks: the authors' optional training tricks, the last checkpoint, and the table of predictions."""
+"""Callbacks: the authors' optional training tricks, training in limited time, and the table of predictions."""
 
 import csv
 import io
-import os
-import shlex
 import time
 from itertools import chain
 from pathlib import Path
@@ -11,8 +9,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import BasePredictionWriter, Callback, Checkpoint, ModelCheckpoint
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.callbacks import BasePredictionWriter, Callback
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -62,41 +59,6 @@ class WeightedGradients(Callback):
         for layer in decoupled_layers(module).values():
             if layer.weight.grad is not None:
                 layer.weight.grad *= filter_norm(layer.weight.detach(), eps=layer.operator.eps)
-
-
-class LastCheckpoint(Checkpoint):
-    """Save every epoch's end as last.ckpt, beside the best epoch, and say after Ctrl-C how to go on with it.
-
-    ``ModelCheckpoint(save_last=True)`` writes last.ckpt only when it writes the best one too (Lightning 2.6).
-    """
-
-    def on_train_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        if not trainer.fast_dev_run:
-            last = Path(self._folder(trainer)) / "last.ckpt"
-            # Beside it, so that taking its place is one step: a kill leaves the old file or the new one.
-            draft = last.with_name("last.ckpt.part")
-            # With the optimiser's state, which is the default, but Lightning tells at each epoch if it is not said.
-            trainer.save_checkpoint(draft, weights_only=False)
-            if trainer.is_global_zero:
-                draft.replace(last)
-
-    def on_exception(self, trainer: L.Trainer, module: L.LightningModule, exception: BaseException) -> None:
-        if trainer.state.fn != "fit" or not isinstance(exception, KeyboardInterrupt):
-            return
-        folder = self._folder(trainer)
-        last = Path(os.path.relpath(folder)) / "last.ckpt" if folder else None
-        if last and last.exists():
-            command = shlex.join(["python", "train.py", "fit", "--ckpt_path", str(last)])
-            rank_zero_info(
-                f"{last} holds the last whole epoch; to go on: {command} (and the same --config and --trainer "
-                "options, if there were any)"
-            )
-        else:
-            rank_zero_info("nothing is kept: last.ckpt is written at the end of each epoch, and none has ended")
-
-    def _folder(self, trainer: L.Trainer) -> str | None:
-        """Return where ``ModelCheckpoint`` writes; None as long as it does not know itself."""
-        return next(callback.dirpath for callback in trainer.callbacks if isinstance(callback, ModelCheckpoint))
 
 
 class StopInTime(Callback):

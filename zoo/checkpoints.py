@@ -1,5 +1,6 @@
 """Checkpoint folders: ``config.json``, ``model.safetensors`` and the model card, written whole and read strictly."""
 
+import contextlib
 import copy
 import dataclasses
 import hashlib
@@ -9,7 +10,7 @@ import os
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -444,16 +445,23 @@ _FIELDS: dict[str, type | tuple[type, ...]] = {
 }
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file whole or not at all."""
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Give a file beside ``path`` to be written, which takes its place, or is removed if an error is raised."""
     # Of its own, for another process may write the same.
     draft = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
-        # The line ends of the text itself: those of CSV are the same everywhere.
-        draft.write_text(text, encoding="utf-8", newline="")
+        yield draft
         draft.replace(path)
     finally:
         draft.unlink(missing_ok=True)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file whole or not at all."""
+    with replacing(path) as draft:
+        # The line ends of the text itself: those of CSV are the same everywhere.
+        draft.write_text(text, encoding="utf-8", newline="")
 
 
 def put_in_place(draft: Path, folder: Path, old: Path) -> None:

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import SingleDeviceStrategy
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 from torchvision.transforms.v2 import MixUp
@@ -29,6 +29,8 @@ from zoo.adversarial import AdversarialTraining, OverfittingAlarm
 from zoo.checkpoints import CONFIG, list_checkpoints
 from zoo.data import ImageData, given_arguments
 from zoo.models import PLAIN, ImageModel, ModelSpec, build
+from zoo.randomness import key_of
+from zoo.saving import LAST, PREVIOUS, damage_of
 from zoo.sources import convert, licence_of, start_from
 
 # Training images whose norms a converted network is fitted to.
@@ -142,6 +144,7 @@ class Classifier(L.LightningModule):
         self.command = shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
         self.earlier_commands: list[str] = []
         self.resumed_step: int | None = None
+        self.loader_states: list[dict[str, int]] = []
         # Name and licence of the weights that training started from.
         self.source: dict[str, str] | None = None
 
@@ -156,6 +159,10 @@ class Classifier(L.LightningModule):
             check_data(self.model.spec, data)
         # Asked for at the start, for files may change while the network trains.
         _commit()
+
+    def on_train_batch_start(self, batch: tuple[Tensor, Tensor], batch_index: int) -> None:
+        # What a step draws follows from its place, so that a run that goes on draws the same; and so does each process.
+        torch.manual_seed(int(key_of(self._seed, self.current_epoch, batch_index, self.global_rank)))
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> Tensor:
         images, labels = self.mix(*batch) if self.hparams.mixup else batch
@@ -214,6 +221,9 @@ class Classifier(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_train_start(self) -> None:
+        # Lightning has made the loader for the schedule's sake, before it read the checkpoint (2.6).
+        for state in self.loader_states:
+            self.trainer.train_dataloader.load_state_dict(state)
         if 0 < self.trainer.max_epochs <= self.hparams.freeze_epochs:
             rank_zero_info(
                 f"only the classifier is trained: freeze_epochs is {self.hparams.freeze_epochs}, max_epochs "
@@ -256,9 +266,10 @@ class Classifier(L.LightningModule):
             "trainer": {"max_epochs": self.trainer.max_epochs},
             "source": self.source,
             "training": {
-                "epochs": self.current_epoch + 1,
-                "command": " && ".join([*self.earlier_commands, self.command]),
-                "seed": int(os.environ.get("PL_GLOBAL_SEED", -1)),
+                # Whole ones; validation and the end of an epoch come after its last batch.
+                "epochs": self.current_epoch + self.trainer.is_last_batch,
+                "command": " && ".join(dict.fromkeys([*self.earlier_commands, self.command])),
+                "seed": self._seed,
                 **self._of_adversarial_training(),
                 **origin(self.device),
             },
@@ -278,14 +289,17 @@ class Classifier(L.LightningModule):
             check_data(spec, self._data())
         if stage == "fit":
             self._check_optimizer(record["model"])
-            self.earlier_commands = [record["training"]["command"]]
-            done = checkpoint["epoch"] + 1
+            self.earlier_commands = record["training"]["command"].split(" && ")
+            done = record["training"]["epochs"]
             if 0 <= self.trainer.max_epochs < done:
                 raise ValueError(
                     f"the run has had {done} epochs, more than --trainer.max_epochs {self.trainer.max_epochs}: to "
                     "train on, raise it"
                 )
             self.resumed_step = checkpoint["global_step"]
+            self.loader_states = checkpoint["loops"]["fit_loop"]["state_dict"].get("combined_loader", [])
+            # The time that --trainer.max_time gives is that of each call.
+            checkpoint["callbacks"].pop("Timer", None)
             self.source = record.get("source")
         # Built again, for the checkpoint's normalisation is part of its spec and not among its weights.
         self._set_model(spec.build())
@@ -296,6 +310,11 @@ class Classifier(L.LightningModule):
         """Return how images were attacked and what was alarming, if they were."""
         found = [callback.alarms for callback in self.trainer.callbacks if isinstance(callback, OverfittingAlarm)]
         return {"adversarial": self.hparams.adversarial, "alarms": found[0]} if found else {}
+
+    @property
+    def _seed(self) -> int:
+        """The seed of the run; -1 if none was set."""
+        return int(os.environ.get("PL_GLOBAL_SEED", -1))
 
     @property
     def _frozen(self) -> bool:
@@ -423,14 +442,37 @@ def read_lightning_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     if not Path(path).is_file():
         raise FileNotFoundError(f"no Lightning checkpoint {path}; {_meant_instead(Path(path))}")
     try:
+        # torch.load does not look at checksums.
+        if damage := damage_of(Path(path)):
+            raise OSError(damage)
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, KeyError, OSError, pickle.UnpicklingError) as error:
         raise ValueError(
-            f"{path} cannot be read as a Lightning checkpoint ({type(error).__name__}): it is damaged, or another kind "
-            "of file; use an earlier checkpoint of the run"
+            f"{path} cannot be read as a Lightning checkpoint ({type(error).__name__}: {error}): it is damaged, or "
+            "another kind of file; use an earlier checkpoint of the run"
         ) from error
     read_record(checkpoint, path)
     return checkpoint
+
+
+def usable_checkpoint(path: str | os.PathLike[str]) -> str:
+    """Return the path of a run's checkpoint; of a last.ckpt that is missing or damaged, that of the one before.
+
+    Raises:
+        FileNotFoundError: no such file, and none before it.
+        ValueError: the file is damaged or was not written by ``Classifier``, and there is none before it.
+    """
+    path = Path(path)
+    previous = path.with_name(PREVIOUS)
+    try:
+        read_lightning_checkpoint(path)
+    except (FileNotFoundError, ValueError) as error:
+        if path.name != LAST or not previous.is_file():
+            raise
+        read_lightning_checkpoint(previous)
+        rank_zero_warn(f"{error}; going on with the one before it, {previous}")
+        return str(previous)
+    return str(path)
 
 
 def _meant_instead(path: Path) -> str:

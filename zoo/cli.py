@@ -8,6 +8,7 @@ import logging
 import os
 import re
 import shlex
+import signal
 import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -15,15 +16,17 @@ from pathlib import Path
 from typing import Any
 
 from jsonargparse import DefaultHelpFormatter, Namespace
+from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from operators.lookup import look_up, unknown_name
-from zoo.callbacks import LastCheckpoint, PredictionTable
-from zoo.classifier import Classifier, read_lightning_checkpoint, read_record
+from zoo.callbacks import PredictionTable
+from zoo.classifier import Classifier, read_lightning_checkpoint, read_record, usable_checkpoint
 from zoo.data import DATA, ImageData, unreadable
+from zoo.saving import LAST, PREVIOUS, STOPPED, LastCheckpoint, SafeCheckpointIO
 from zoo.sources import shape_of
 
 # Lightning's advertisement, and a deprecated function that it calls itself.
@@ -40,8 +43,7 @@ CURABLE = (
     MisconfigurationException,
 )
 
-# What a shell gives a program that Ctrl-C has stopped: 128 and the signal's number.
-INTERRUPTED = 130
+INTERRUPTED, TERMINATED = STOPPED + signal.SIGINT, STOPPED + signal.SIGTERM
 
 TRAINER_DEFAULTS = {
     "max_epochs": 40,
@@ -92,12 +94,20 @@ class ZooCLI(LightningCLI):
         arguments = sys.argv[1:] if args is None else list(args)
         self.command = command_of("python", "train.py", *arguments)
         subcommand = next((place for place, word in enumerate(arguments, 1) if word in self.subcommands()), 0)
+        self.config = self._parsed(parser, arguments, subcommand)
+        if left := self._left_by_the_same_command():
+            rank_zero_info(f"going on with {left}, which the same command has left")
+            self.config = self._parsed(parser, [*arguments, "--ckpt_path", left], subcommand)
+        self.asked = self.config.clone()
+
+    def _parsed(self, parser: LightningArgumentParser, arguments: list[str], subcommand: int) -> Namespace:
+        """Parse arguments, of which the subcommand is that one, and what their checkpoint stands for."""
         settings = []
         if subcommand:
             settings, rest = going_on(arguments[subcommand:])
             arguments = [*arguments[:subcommand], *settings, *rest]
         try:
-            self.config = parser.parse_args(arguments)
+            return parser.parse_args(arguments)
         except argparse.ArgumentError as error:
             if unknown := re.search(r"Expected a dot import path string: (\S+)", str(error)):
                 raise ValueError(unknown_name("data set", unknown[1], DATA)) from error
@@ -111,7 +121,18 @@ class ZooCLI(LightningCLI):
                 known = parser.parse_args([*arguments[:subcommand], *settings])[arguments[subcommand - 1]]
                 raise ValueError(unknown_option(unknown[1], options(known))) from error
             raise
-        self.asked = self.config.clone()
+
+    def _left_by_the_same_command(self) -> str | None:
+        """Return the last checkpoint in the folder that fit is to write to, if this very command has written it."""
+        settings = self.config.get("fit")
+        if not settings or settings.ckpt_path or not settings.checkpoint.dirpath:
+            return None
+        folder = Path(settings.checkpoint.dirpath)
+        if not any((folder / name).is_file() for name in (LAST, PREVIOUS)):
+            return None
+        last = usable_checkpoint(folder / LAST)
+        commands = read_record(read_lightning_checkpoint(last))["training"]["command"].split(" && ")
+        return str(folder / LAST) if commands[-1] == self.command else None
 
     def after_fit(self) -> None:
         if self.trainer.global_step == self.model.resumed_step:
@@ -137,7 +158,7 @@ class ZooCLI(LightningCLI):
         self.config = self.asked
         settings = self.config[self.subcommand]
         if self.subcommand == "fit" and not settings.ckpt_path and settings.checkpoint.dirpath:
-            last = Path(settings.checkpoint.dirpath) / "last.ckpt"
+            last = Path(settings.checkpoint.dirpath) / LAST
             if last.exists():
                 raise FileExistsError(
                     f"{last} is another run's: go on with it (--ckpt_path {last}), or choose another folder "
@@ -169,6 +190,9 @@ class ZooCLI(LightningCLI):
             settings.model[name] = value
 
     def after_instantiate_classes(self) -> None:
+        # The trainer takes no plugin of the kind that another one, of --trainer.plugins, is.
+        if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            self.trainer.strategy.checkpoint_io = SafeCheckpointIO()
         self.model.command = self.command
         if self.shared:
             self.datamodule.share_images(self.shared)
@@ -260,7 +284,8 @@ def going_on(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
         )
     predicting = any(word.partition("=")[0] == "--data.predict" for word in rest)
     files = [f"--config={file}" for file in known.config]
-    return [*files, "--ckpt_path", known.ckpt_path, *checkpoint_settings(known.ckpt_path, predicting)], rest
+    path = usable_checkpoint(known.ckpt_path)
+    return [*files, "--ckpt_path", path, *checkpoint_settings(path, predicting)], rest
 
 
 def checkpoint_settings(path: str, predicting: bool) -> list[str]:
@@ -304,16 +329,19 @@ def readable_errors() -> Iterator[None]:
         print(f"error: {shortened(str(error))}", file=sys.stderr)
         sys.exit(1)
     except (KeyboardInterrupt, SystemExit) as error:
-        if interrupted(error):
-            sys.exit(INTERRUPTED)
+        if status := stop_status(error):
+            sys.exit(status)
         raise
     finally:
         warnings.formatwarning = formatwarning
 
 
-def interrupted(error: BaseException) -> bool:
-    """Say whether an exception comes from Ctrl-C, of which Lightning makes exit status 1."""
-    return isinstance(error, KeyboardInterrupt) or isinstance(error.__context__, KeyboardInterrupt)
+def stop_status(error: BaseException) -> int | None:
+    """Return the exit status of a program that a signal has stopped by this exception; None if it was no signal."""
+    # Of a KeyboardInterrupt, Lightning makes exit status 1.
+    if isinstance(error, KeyboardInterrupt) or isinstance(error.__context__, KeyboardInterrupt):
+        return INTERRUPTED
+    return error.code if isinstance(error, SystemExit) and error.code in (INTERRUPTED, TERMINATED) else None
 
 
 def shortened(message: str) -> str:

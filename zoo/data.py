@@ -30,7 +30,7 @@ from torchvision.datasets.vision import VisionDataset
 
 from operators.lookup import look_up, unknown_name
 from zoo.augmentation import AUGMENTS, Augment, augment_batch, to_float
-from zoo.loaders import MemoryImages, MemoryLoader
+from zoo.loaders import Loader, MemoryImages, Share, TrainingLoader
 from zoo.transforms import ImageTransform
 
 # Images to predict on are read later, when it is known what the network takes.
@@ -165,22 +165,33 @@ class ImageData(L.LightningDataModule, abc.ABC):
         for split in STAGES[stage]:
             self.split(split)
 
-    def train_dataloader(self) -> DataLoader | MemoryLoader:
+    def train_dataloader(self) -> TrainingLoader:
         return self._loader("train")
 
-    def val_dataloader(self) -> DataLoader | MemoryLoader:
+    def val_dataloader(self) -> Loader:
         return self._loader("val")
 
-    def test_dataloader(self) -> DataLoader | MemoryLoader:
+    def test_dataloader(self) -> Loader:
         return self._loader("test")
 
     def predict_dataloader(self) -> DataLoader:
-        return self._loader("predict")
+        images = self.split("predict")
+        if images.in_memory:
+            # Lightning asks for workers, but a worker would only copy what is in memory already.
+            warnings.filterwarnings("ignore", message=".*does not have many workers")
+        workers = 0 if images.in_memory else self.num_workers
+        # Lightning tells the table of predictions which images a batch has, if the loader is torch's own.
+        return DataLoader(images, batch_size=self.batch_size, num_workers=workers, collate_fn=_as_it_is)
 
-    def on_after_batch_transfer(self, batch: tuple[Tensor, Tensor], dataloader_idx: int) -> Any:
-        images, labels = batch
+    def transfer_batch_to_device(self, batch: tuple[Tensor, ...], device: torch.device, dataloader_idx: int) -> Any:
+        # Keys stay on the CPU, where what follows from them is drawn.
+        images, labels, *keys = batch
+        return *super().transfer_batch_to_device((images, labels), device, dataloader_idx), *keys
+
+    def on_after_batch_transfer(self, batch: tuple[Tensor, ...], dataloader_idx: int) -> Any:
+        images, labels, *keys = batch
         if self.trainer.training:
-            images = augment_batch(images, self.augment, self.input_size)
+            images = augment_batch(images, self.augment, self.input_size, *keys)
         images = to_float(images)
         return images if self.trainer.predicting else (images, labels)
 
@@ -276,31 +287,22 @@ class ImageData(L.LightningDataModule, abc.ABC):
         self.predict_files, self.unreadable_files = [str(file) for file in images.files], broken
         return images
 
-    def _loader(self, split: str) -> DataLoader | MemoryLoader:
-        images, trainer = self.split(split), self.trainer
+    def _loader(self, split: str) -> Loader:
+        images, trainer, shuffle = self.split(split), self.trainer, split == "train"
         processes = trainer.world_size if trainer else 1
-        shuffle = split == "train"
-        # A last batch of one image has no variance for BatchNorm.
-        drop_last = shuffle and len(images) >= self.batch_size * processes
-        # Lightning tells the table of predictions which images a batch has, if the loader is torch's own.
-        if images.in_memory and split != "predict":
-            device = trainer.strategy.root_device if trainer else "cpu"
-            rank = trainer.global_rank if trainer else 0
-            sharing = {"processes": processes, "rank": rank, "device": device}
-            return MemoryLoader(images, self.batch_size, shuffle=shuffle, drop_last=drop_last, **sharing)
-        if images.in_memory:
-            # Lightning asks for workers, but a worker would only copy what is in memory already.
-            warnings.filterwarnings("ignore", message=".*does not have many workers")
-        workers = 0 if images.in_memory else self.num_workers
-        return DataLoader(
-            images,
-            batch_size=self.batch_size,
+        share = Share(
+            len(images),
+            self.batch_size,
             shuffle=shuffle,
-            drop_last=drop_last,
-            num_workers=workers,
-            persistent_workers=workers > 0,
-            collate_fn=_as_it_is,
+            # A last batch of one image has no variance for BatchNorm.
+            drop_last=shuffle and len(images) >= self.batch_size * processes,
+            processes=processes,
+            rank=trainer.global_rank if trainer else 0,
+            seed=int(os.environ.get("PL_GLOBAL_SEED", 0)),
         )
+        kind = TrainingLoader if shuffle else Loader
+        device = trainer.strategy.root_device if trainer else "cpu"
+        return kind(images, share, device=device, workers=self.num_workers)
 
 
 class Digits(ImageData):

@@ -1,12 +1,14 @@
-"""Images in memory or on disk, and batches of those in memory without worker processes."""
+"""Images in memory, and batches of images in memory or on disk, of which each process has its share."""
 
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, DistributedSampler
+from torch.utils.data import DataLoader, Dataset
+
+from zoo.randomness import generator_of, key_of
 
 # A set that takes more of an accelerator's free memory than this stays in the main memory.
 LARGEST_SHARE = 0.25
@@ -42,52 +44,142 @@ class MemoryImages(Dataset):
         return MemoryImages(self.images.to(device), self.labels.to(device), self.files)
 
 
-class MemoryLoader:
-    """Batches (images, labels) of images in memory, gathered on the device that computes, so nothing is copied to it.
+class Share:
+    """The batches of one process: which images, and in what order; a pure function of the settings and the epoch.
 
-    It has what Lightning wants of torch's ``DataLoader``: a length, and a sampler whose ``set_epoch`` it calls. The
-    order of an epoch depends on the seed and the epoch alone.
+    Batch ``b`` of all processes together is batch ``b`` of a single process whose batches are as large as theirs
+    together. In evaluation no image has two processes, and all have equally many batches, which strategies that shard a
+    network need.
 
     Args:
-        images: the whole set; it is moved to ``device`` if it takes at most a quarter of the memory that is free there.
-        batch_size: images a batch.
-        shuffle: whether each epoch has an order of its own.
+        images: how many there are.
+        batch_size: images a batch and process.
+        shuffle: whether each epoch has an order of its own; where the processes do not divide the images, some are then
+            taken twice, so that all batches are equally large.
         drop_last: whether a last, smaller batch is left out.
+        processes, rank: how many processes share the images, and which of them this is.
+        seed: of the order.
+    """
+
+    def __init__(
+        self, images: int, batch_size: int, *, shuffle: bool, drop_last: bool, processes: int, rank: int, seed: int
+    ) -> None:
+        self.images = images
+        self.batch_size = batch_size
+        self.shuffle = shuffle
+        self.drop_last = drop_last
+        self.processes = processes
+        self.rank = rank
+        self.seed = seed
+        self.epoch = 0
+        # The first batch that is wanted of the epoch.
+        self.start = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        largest = -(-self.images // self.processes)
+        whole, rest = divmod(largest, self.batch_size)
+        return whole + (rest > 0 and not self.drop_last)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return iter([batch.tolist() for batch in self._batches()[self.start : len(self)]])
+
+    def _batches(self) -> Sequence[Tensor]:
+        if not self.shuffle:
+            mine = torch.arange(self.images)[self.rank :: self.processes]
+            # Of several processes, one may have an image more than another.
+            return mine.split(self.batch_size) if self.processes == 1 else mine.tensor_split(len(self))
+        order = torch.randperm(self.images, generator=generator_of(self.seed, self.epoch))
+        missing = torch.arange(-self.images % self.processes) % self.images
+        return torch.cat([order, order[missing]])[self.rank :: self.processes].split(self.batch_size)
+
+
+class Loader:
+    """Batches (images, labels), uint8 and int64, of images in memory or on disk.
+
+    Those in memory are gathered on the device that computes, so that nothing is copied to it; those on disk are read by
+    worker processes. It has what Lightning wants of torch's ``DataLoader``: a length, and a sampler whose ``set_epoch``
+    it calls.
+
+    Args:
+        images: the whole set; if in memory, it is moved to ``device`` if it takes at most a quarter of what is free
+            there.
+        share: which of them this process has, in which batches.
         device: where batches are wanted.
-        processes, rank: how many processes share the set, and which of them this is.
+        workers: processes that read images from disk; 0 for this process.
     """
 
     batch_sampler = None
 
-    def __init__(
-        self,
-        images: MemoryImages,
-        batch_size: int,
-        *,
-        shuffle: bool = False,
-        drop_last: bool = False,
-        device: torch.device | str = "cpu",
-        processes: int = 1,
-        rank: int = 0,
-    ) -> None:
+    def __init__(self, images: Dataset, share: Share, *, device: torch.device | str = "cpu", workers: int = 0) -> None:
         device = torch.device(device)
-        self.dataset = images.to(device) if _fits(images.images, device) else images
-        self.batch_size = batch_size
-        self.drop_last = drop_last
-        seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
-        self.sampler = DistributedSampler(images, processes, rank, shuffle=shuffle, seed=seed)
+        self.dataset = images.to(device) if images.in_memory and _fits(images.images, device) else images
+        self.sampler = share
+        self.batch_size = share.batch_size
+        self.drop_last = share.drop_last
+        self.reader = None
+        if not images.in_memory:
+            self.reader = DataLoader(
+                images,
+                batch_sampler=share,
+                num_workers=workers,
+                persistent_workers=workers > 0,
+                collate_fn=_as_it_is,
+            )
 
     def __len__(self) -> int:
-        whole, rest = divmod(len(self.sampler), self.batch_size)
-        return whole + (rest > 0 and not self.drop_last)
+        return len(self.sampler)
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        order = torch.tensor(list(self.sampler), device=self.dataset.images.device)
+    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
+        self.sampler.start = 0
+        yield from self._read()
+
+    def _read(self) -> Iterator[tuple[Tensor, Tensor]]:
+        if self.reader is not None:
+            yield from self.reader
+            return
+        place = self.dataset.images.device
+        for indices in self.sampler:
+            yield self.dataset.choose(torch.tensor(indices).to(place))
+
+
+class TrainingLoader(Loader):
+    """Batches (images, labels, keys) of training images, in an order of its own for each epoch.
+
+    From its key, int64 on the CPU, follows how an image is changed: it is that of seed, epoch and image, so neither of
+    the batch nor of the process. A state of the loader is an epoch and how many of its batches are done.
+    """
+
+    def __init__(self, *arguments: Any, **settings: Any) -> None:
+        super().__init__(*arguments, **settings)
+        self.done = 0
+        self.resumed: dict[int, int] = {}
+
+    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
+        # Not before a batch is asked for: Lightning makes the iterator before it tells the epoch.
+        share = self.sampler
+        share.start = self.done = self.resumed.pop(share.epoch, 0)
+        self.resumed.clear()
+        for indices, (images, labels) in zip(list(share), self._read(), strict=True):
+            self.done += 1
+            yield images, labels, key_of(share.seed, share.epoch, torch.tensor(indices))
         # Without a trainer that counts the epochs, the next one still has another order.
-        self.sampler.set_epoch(self.sampler.epoch + 1)
-        for indices in order.split(self.batch_size)[: len(self)]:
-            yield self.dataset.choose(indices)
+        share.set_epoch(share.epoch + 1)
+        self.done = 0
+
+    def state_dict(self) -> dict[str, int]:
+        return {"epoch": self.sampler.epoch, "batches": self.done}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.sampler.set_epoch(state["epoch"])
+        self.resumed = {state["epoch"]: state["batches"]}
 
 
 def _fits(images: Tensor, device: torch.device) -> bool:
     return device.type != "cuda" or images.nbytes <= LARGEST_SHARE * torch.cuda.mem_get_info(device)[0]
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch

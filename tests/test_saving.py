@@ -1,0 +1,327 @@
+"""Going on to the bit, saving that loses nothing, and stops that save."""
+
+import hashlib
+import itertools
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import lightning as L
+import numpy
+import pytest
+import torch
+from PIL import Image
+
+from zoo.adversarial import AdversarialTraining
+from zoo.classifier import Classifier, read_lightning_checkpoint, usable_checkpoint
+from zoo.data import Digits, ImageFolder
+from zoo.saving import LastCheckpoint, SafeCheckpointIO, damage_of
+
+ROOT = Path(__file__).resolve().parent.parent
+LEARNED = {"name": "tanh_cosine", "radius_mode": "learned", "radius_relative": True}
+# Epochs and batches of the runs below.
+EPOCHS, BATCHES = 3, 5
+
+# Whatever is drawn while a network trains: augmentation, dropout, mixed images, random starts of attacks.
+SETTINGS = {
+    "learned": {"operator": LEARNED},
+    "dropout": {"architecture": "efficientnet_b0", "architecture_args": {"drop_rate": 0.2, "drop_path_rate": 0.1}},
+    "mixup": {"operator": "conv", "mixup": 0.4, "optimizer": "sgd"},
+    "attacked": {"operator": "ball_cosine", "adversarial": AdversarialTraining(eps=0.1, steps=2)},
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder of 60 training images of two classes and a few others."""
+    root = tmp_path_factory.mktemp("images")
+    noise = numpy.random.default_rng(0)
+    for split, name, place in itertools.product(("train", "val"), ("a", "b"), range(30)):
+        if split == "train" or place < 3:
+            path = root / split / name / f"{place}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(noise.integers(0, 256, (12, 12, 3), dtype=numpy.uint8)).save(path)
+    return root
+
+
+class StopAt(L.Callback):
+    """Sends this process a signal while the step of a batch is under way."""
+
+    def __init__(self, epoch, batch, number=signal.SIGTERM):
+        self.place = (epoch, batch)
+        self.number = number
+
+    def on_after_backward(self, trainer, module):
+        if (trainer.current_epoch, trainer.fit_loop.epoch_loop.batch_idx) == self.place:
+            os.kill(os.getpid(), self.number)
+
+
+class OtherDraws(L.Callback):
+    """Lets what was drawn before training not matter."""
+
+    def on_train_start(self, trainer, module):
+        torch.manual_seed(time.monotonic_ns())
+
+
+def fit(folder, data, *callbacks, ckpt_path=None, **arguments):
+    settings = arguments.pop("settings", {"operator": LEARNED})
+    L.seed_everything(0, verbose=False)
+    classifier = Classifier(**settings)
+    arguments = {"max_epochs": EPOCHS, "limit_train_batches": BATCHES, "plugins": SafeCheckpointIO()} | arguments
+    best = L.pytorch.callbacks.ModelCheckpoint(folder, filename="best", monitor="val_accuracy", mode="max")
+    trainer = L.Trainer(
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        limit_val_batches=1,
+        callbacks=[LastCheckpoint(), best, OtherDraws(), *callbacks],
+        **arguments,
+    )
+    trainer.fit(classifier, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
+    return classifier
+
+
+def digest(module):
+    digest = hashlib.sha256()
+    for name, value in module.state_dict().items():
+        digest.update(name.encode() + value.numpy(force=True).tobytes())
+    return digest.hexdigest()
+
+
+def stopped(folder, data, epoch, batch, number=signal.SIGTERM, **arguments):
+    """Train until a signal in the step of a batch; return the exit status."""
+    with pytest.raises(SystemExit) as stop:
+        fit(folder, data, StopAt(epoch, batch, number), **arguments)
+    return stop.value.code
+
+
+resumes = pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists")
+
+
+@resumes
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+def test_a_run_goes_on_to_the_bit_from_any_batch(settings, tmp_path):
+    def data():
+        return Digits(batch_size=16, augment="crop_flip_cutout")
+
+    settings = {"settings": settings}
+    whole = digest(fit(tmp_path / "whole", data(), **settings))
+    # In an epoch, in its last step, and in the first of one.
+    for epoch, batch in ((0, 2), (0, BATCHES - 1), (1, 0), (2, 3)):
+        folder = tmp_path / f"{epoch}_{batch}"
+        assert stopped(folder, data(), epoch, batch, **settings) == 128 + signal.SIGTERM
+        saved = read_lightning_checkpoint(folder / "last.ckpt")
+        assert saved["global_step"] == epoch * BATCHES + batch + 1
+        assert saved["decoupled_zoo"]["training"]["epochs"] == epoch + (batch == BATCHES - 1)
+        assert digest(fit(folder, data(), ckpt_path=folder / "last.ckpt", **settings)) == whole, (epoch, batch)
+
+
+@resumes
+@pytest.mark.parametrize(("workers", "augment"), [(0, "crop_flip"), (2, "crop_flip"), (2, "resized_crop_flip")])
+def test_a_run_on_images_from_disk_goes_on_to_the_bit(workers, augment, folder, tmp_path):
+    """With any number of workers, and as from memory."""
+
+    def data(workers, limit=0):
+        settings = {"num_workers": workers, "memory_limit_mb": limit, "batch_size": 8, "augment": augment}
+        return ImageFolder(str(folder), input_size=8, **settings)
+
+    whole = digest(fit(tmp_path / "whole", data(0, limit=2048)))
+    assert stopped(tmp_path / "run", data(workers), 1, 2) == 128 + signal.SIGTERM
+    assert digest(fit(tmp_path / "run", data(2 - workers), ckpt_path=tmp_path / "run/last.ckpt")) == whole
+
+
+@resumes
+def test_accumulated_gradients_are_finished_before_a_stop(tmp_path):
+    settings = {"accumulate_grad_batches": 2}
+    whole = digest(fit(tmp_path / "whole", Digits(batch_size=16), **settings))
+    for batch, step in ((0, 1), (2, 2)):
+        folder = tmp_path / f"{batch}"
+        stopped(folder, Digits(batch_size=16), 0, batch, **settings)
+        assert read_lightning_checkpoint(folder / "last.ckpt")["global_step"] == step
+        resumed = fit(folder, Digits(batch_size=16), ckpt_path=folder / "last.ckpt", **settings)
+        assert digest(resumed) == whole
+
+
+@resumes
+@pytest.mark.parametrize(
+    "arguments", [{"max_steps": 7, "max_epochs": -1}, {"max_time": {"milliseconds": 1}}], ids=["max_steps", "max_time"]
+)
+def test_what_ends_within_an_epoch_goes_on_within_it(arguments, tmp_path):
+    settings = {"settings": {"operator": LEARNED, "schedule": "constant", "warmup": 0.0}}
+    whole = digest(fit(tmp_path / "whole", Digits(batch_size=16), **settings))
+    calls = 0
+    path, done = None, 0
+    while done < EPOCHS * BATCHES:
+        last = {} if calls and "max_steps" in arguments else arguments
+        classifier = fit(tmp_path / "parts", Digits(batch_size=16), ckpt_path=path, **{**settings, **last})
+        path = tmp_path / "parts/last.ckpt"
+        done, calls = read_lightning_checkpoint(path)["global_step"], calls + 1
+        assert calls <= 1 + EPOCHS * BATCHES
+    assert calls > 1 and digest(classifier) == whole
+
+
+@resumes
+def test_a_run_can_be_saved_between(tmp_path):
+    class Saved(L.Callback):
+        def on_train_batch_end(self, trainer, *_):
+            last = tmp_path / "last.ckpt"
+            steps.append(read_lightning_checkpoint(last)["global_step"] if last.exists() else 0)
+
+    steps = []
+    L.seed_everything(0, verbose=False)
+    best = L.pytorch.callbacks.ModelCheckpoint(tmp_path)
+    trainer = L.Trainer(
+        accelerator="cpu",
+        max_steps=7,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[Saved(), LastCheckpoint(every_n_steps=3), best],
+    )
+    trainer.fit(Classifier(), datamodule=Digits())
+    assert steps == [0, 0, 0, 3, 3, 3, 6]
+    assert [read_lightning_checkpoint(tmp_path / name)["global_step"] for name in ("previous.ckpt", "last.ckpt")] == [
+        6,
+        7,
+    ]
+    with pytest.raises(ValueError, match="every_n_steps must be at least 1, got 0"):
+        LastCheckpoint(0)
+
+
+def save_until_killed(path):
+    """Save again and again in another process; return its number."""
+    content = {f"layer{place}": torch.full((1000, 1000), float(place)) for place in range(8)}
+    if process := os.fork():
+        return process
+    while True:
+        SafeCheckpointIO().save_checkpoint({"decoupled_zoo": {}, **content}, path)
+
+
+@resumes
+@pytest.mark.parametrize("place", ["beside the temporary files", "on another file system"])
+def test_a_killed_save_leaves_a_whole_checkpoint_and_no_litter(place, tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    if place == "on another file system":
+        other = Path("/dev/shm")
+        if not other.is_dir() or other.stat().st_dev == tmp_path.stat().st_dev:
+            pytest.skip("there is one file system only")
+        folder = other / f"decoupled_zoo_{os.getpid()}"
+    folder.mkdir()
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    moments, litter = numpy.random.default_rng(0).uniform(0.05, 0.4, 20), 0
+    try:
+        for moment in moments:
+            process = save_until_killed(folder / "last.ckpt")
+            time.sleep(moment)
+            os.kill(process, signal.SIGKILL)
+            os.waitpid(process, 0)
+            visible = [path for path in folder.iterdir() if path.suffix == ".ckpt"]
+            assert all(damage_of(path) is None for path in visible)
+            for path in visible:
+                assert read_lightning_checkpoint(path)["layer7"].mean() == 7
+            litter += len(list(folder.glob("*.part")))
+        assert litter > 0 and (folder / "last.ckpt").exists()
+        # The next run begins there.
+        fit(folder, Digits(), max_epochs=1)
+        assert {path.name for path in folder.iterdir()} == {"best.ckpt", "last.ckpt", "previous.ckpt"}
+    finally:
+        for path in folder.iterdir():
+            path.unlink()
+        folder.rmdir()
+
+
+def test_a_full_disk_leaves_what_was_there(tmp_path):
+    saver, path = SafeCheckpointIO(), tmp_path / "last.ckpt"
+    saver.save_checkpoint({"step": torch.tensor(1)}, path)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limits[1]))
+    try:
+        with pytest.raises((OSError, RuntimeError)):
+            saver.save_checkpoint({"step": torch.zeros(1 << 20)}, path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)
+    assert torch.load(path)["step"] == 1 and [file.name for file in tmp_path.iterdir()] == ["last.ckpt"]
+
+
+def test_what_cannot_be_read_back_takes_no_place(tmp_path, monkeypatch):
+    def damaged(content, file):
+        save(content, file)
+        file.seek(-2000, os.SEEK_END)
+        file.write(b"damaged")
+
+    saver, path, save = SafeCheckpointIO(), tmp_path / "last.ckpt", torch.save
+    saver.save_checkpoint({"step": torch.zeros(1000)}, path)
+    monkeypatch.setattr(torch, "save", damaged)
+    with pytest.raises(OSError, match=r"last\.ckpt was not saved, for what was written could not be read back"):
+        saver.save_checkpoint({"step": torch.ones(1000)}, path)
+    assert torch.load(path)["step"].sum() == 0 and len(list(tmp_path.iterdir())) == 1
+
+
+@resumes
+@pytest.mark.parametrize("damage", ["missing", "empty", "one bit"])
+def test_a_run_goes_on_with_the_checkpoint_before_a_damaged_one(damage, tmp_path):
+    whole = digest(fit(tmp_path, Digits(batch_size=16)))
+    last = tmp_path / "last.ckpt"
+    content = bytearray(last.read_bytes())
+    content[len(content) // 2] ^= 1
+    if damage == "missing":
+        last.unlink()
+    else:
+        last.write_bytes(b"" if damage == "empty" else content)
+    with pytest.warns(UserWarning, match=r"last\.ckpt.*; going on with the one before it, .*previous\.ckpt"):
+        path = usable_checkpoint(last)
+    assert read_lightning_checkpoint(path)["global_step"] == (EPOCHS - 1) * BATCHES
+    assert digest(fit(tmp_path, Digits(batch_size=16), ckpt_path=path)) == whole
+    (tmp_path / "previous.ckpt").unlink()
+    last.write_bytes(b"")
+    with pytest.raises(ValueError, match="it is damaged, or another kind of file; use an earlier checkpoint"):
+        usable_checkpoint(last)
+
+
+COMMAND = "train.py fit --data Digits --data.batch_size 16 --trainer.max_epochs 3 --checkpoint.dirpath {}"
+
+
+def train_py(folder, *, stop=None):
+    """Run the command, stop it by a signal once an epoch is saved, and return its status and what it told."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, *COMMAND.format(folder).split()]
+    with subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL) as run:
+        while stop and not (folder / "last.ckpt").exists():
+            assert run.poll() is None
+            time.sleep(0.01)
+        if stop:
+            time.sleep(0.2)
+            run.send_signal(stop)
+        told = run.communicate()[1].decode()
+    return run.returncode, " ".join(told.split())
+
+
+def weights(path):
+    return {name: value.tolist() for name, value in read_lightning_checkpoint(path)["state_dict"].items()}
+
+
+def test_the_same_command_goes_on_after_a_signal(tmp_path):
+    assert train_py(tmp_path / "whole")[0] == 0
+    whole = weights(tmp_path / "whole/last.ckpt")
+    for number in (signal.SIGTERM, signal.SIGINT):
+        folder = tmp_path / number.name
+        status, told = train_py(folder, stop=number)
+        assert status == 128 + number, told
+        assert "finishing the step to save it" in told and "to go on, give the same command again" in told
+        saved = read_lightning_checkpoint(folder / "last.ckpt")
+        assert f"last.ckpt holds step {saved['global_step']};" in told and saved["global_step"] % 80
+        status, told = train_py(folder)
+        assert status == 0 and "last.ckpt, which the same command has left" in told, told
+        assert weights(folder / "last.ckpt") == whole
+        record = read_lightning_checkpoint(folder / "last.ckpt")["decoupled_zoo"]["training"]
+        assert record["epochs"] == 3 and record["command"].count("train.py") == 1
+    status, told = train_py(folder)
+    assert status == 0 and "nothing was trained" in told

@@ -1,0 +1,180 @@
+"""Saving a run so that nothing is lost: whole files, the last two checkpoints, and stops that save first."""
+
+import os
+import shlex
+import signal
+import threading
+import zipfile
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_info
+
+from zoo.checkpoints import replacing
+
+LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
+# What a shell gives a program that a signal has stopped: 128 and the signal's number.
+STOPPED = 128
+
+
+class SafeCheckpointIO(TorchCheckpointIO):
+    """Write each checkpoint beside its place, read it back, and then put it there: it is whole, or not there.
+
+    Lightning's own way stages files in ``$TMPDIR``, which may be another file system; a kill then leaves half a file.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
+        """Save a checkpoint; what stood at ``path`` stays until the new one is on the disk and has been read back.
+
+        Raises:
+            OSError: the disk is full, or does not give back what was written.
+        """
+        if "://" in str(path):
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as draft:
+            with draft.open("wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            if damage := damage_of(draft):
+                raise OSError(f"{path} was not saved, for what was written could not be read back ({damage})")
+        _sync(path.parent)
+
+
+class LastCheckpoint(Checkpoint):
+    """Save the run as last.ckpt at the end of each epoch and before it stops; the one before is kept as previous.ckpt.
+
+    At SIGTERM, which clusters send before they take a machine away, and at Ctrl-C (SIGINT), the optimiser's step that
+    is under way is finished and saved, and the process exits with status 143 or 130. A second signal stops at once. The
+    end of ``max_time`` or ``max_steps`` within an epoch is saved likewise.
+
+    Args:
+        every_n_steps: save after so many optimiser steps, too; by default at the end of epochs alone.
+
+    Raises:
+        ValueError: ``every_n_steps`` below 1.
+    """
+
+    # ModelCheckpoint(save_last=True) writes last.ckpt only when it writes the best one, too (Lightning 2.6).
+
+    def __init__(self, every_n_steps: int | None = None) -> None:
+        if every_n_steps is not None and every_n_steps < 1:
+            raise ValueError(f"every_n_steps must be at least 1, got {every_n_steps}")
+        self.every_n_steps = every_n_steps
+        self.received: int | None = None
+        # The optimiser's steps at the last save, and at the end of the last batch.
+        self.saved_step = self.seen_step = 0
+
+    def setup(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
+        folder = self._folder(trainer)
+        if stage == "fit" and folder and trainer.is_global_zero:
+            for litter in Path(folder).glob("*.ckpt*.part"):
+                litter.unlink()
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self.received = signal.SIGTERM if trainer.received_sigterm else None
+        self.saved_step = self.seen_step = trainer.global_step
+        # Lightning puts back what was there before when the trainer is done.
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, self._receive)
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
+        # Gradients that are being accumulated would be in no checkpoint.
+        if trainer.global_step == self.seen_step:
+            return
+        self.seen_step = trainer.global_step
+        told, last = self._is_told(trainer), trainer.is_last_batch
+        ends = trainer.should_stop or 0 < trainer.max_steps <= trainer.global_step
+        due = self.every_n_steps is not None and trainer.global_step % self.every_n_steps == 0
+        if told or due or (ends and not last):
+            self._save(trainer)
+        # The end of an epoch follows its last batch at once, after the validation images.
+        if told and not last:
+            self._leave(trainer)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        # Of an epoch that was broken off, Lightning would not go on with the rest if it were saved now.
+        if trainer.is_last_batch or trainer.global_step != self.saved_step:
+            self._save(trainer)
+        if self._is_told(trainer):
+            self._leave(trainer)
+
+    def on_exception(self, trainer: L.Trainer, module: L.LightningModule, exception: BaseException) -> None:
+        if trainer.state.fn == "fit" and isinstance(exception, KeyboardInterrupt | SystemExit):
+            folder = self._folder(trainer)
+            last = Path(os.path.relpath(folder)) / LAST if folder else None
+            if last and last.exists():
+                command = shlex.join(["python", "train.py", "fit", "--ckpt_path", str(last)])
+                rank_zero_info(
+                    f"{last} holds step {self.saved_step}; to go on, give the same command again if it names the "
+                    f"folder (--checkpoint.dirpath), or {command} (and the same --config and --trainer options, if "
+                    "there were any)"
+                )
+            else:
+                rank_zero_info("nothing is kept, for nothing was saved yet")
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        self.received = number
+        # A print may be interrupted by this very signal, and must not be entered again.
+        os.write(2, b"\nfinishing the step to save it; once more to stop at once\n")
+        for each in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(each, signal.default_int_handler if each == signal.SIGINT else signal.SIG_DFL)
+
+    def _is_told(self, trainer: L.Trainer) -> bool:
+        """Return whether any process was told to stop; all must save together."""
+        return trainer.strategy.reduce_boolean_decision(self.received is not None, all=False)
+
+    def _save(self, trainer: L.Trainer) -> None:
+        if trainer.fast_dev_run:
+            return
+        last = Path(self._folder(trainer)) / LAST
+        draft = last.with_name(f"{LAST}.part")
+        self.saved_step = trainer.global_step
+        # With the optimiser's state, which is the default, but Lightning tells each time if it is not said.
+        trainer.save_checkpoint(draft, weights_only=False)
+        if trainer.is_global_zero:
+            if last.exists():
+                last.replace(last.with_name(PREVIOUS))
+            draft.replace(last)
+            _sync(last.parent)
+
+    def _leave(self, trainer: L.Trainer) -> None:
+        """Exit as a program that a signal has stopped; the first process alone, which is killed if another one fails.
+
+        Raises:
+            SystemExit: always.
+        """
+        trainer.strategy.barrier("saved")
+        raise SystemExit(STOPPED + (self.received or signal.SIGTERM) if trainer.is_global_zero else 0)
+
+    def _folder(self, trainer: L.Trainer) -> str | None:
+        """Return where ``ModelCheckpoint`` writes; None as long as it does not know itself."""
+        return next(callback.dirpath for callback in trainer.callbacks if isinstance(callback, ModelCheckpoint))
+
+
+def damage_of(path: Path) -> str | None:
+    """Return what is wrong with a file of ``torch.save``, whose parts are read and compared with their checksums."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            broken = file.testzip()
+    except (OSError, zipfile.BadZipFile, zipfile.LargeZipFile, EOFError, ValueError) as error:
+        return str(error)
+    return f"its part {broken} is damaged" if broken else None
+
+
+def _sync(folder: Path) -> None:
+    """Write to the disk which files a folder has."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
