@@ -20,6 +20,9 @@ Batches = Iterable[Tensor | tuple[Tensor, ...] | list[Tensor]]
 
 # Of which diagnose tells the norms.
 QUANTILES = (0.5, 0.9, 0.99, 0.999)
+# A bounded layer with a larger share of its patches beyond the radius hardly tells their norms apart.
+SATURATED = 0.98
+LARGEST_FLOAT16 = torch.finfo(torch.float16).max
 
 # What the answers of an ordinary convolution and the cosines are, written as magnitudes.
 _PLAIN, _COSINE = Linear(weighting="linear"), Sphere()
@@ -94,6 +97,29 @@ class DiagnosisReport:
     images: int
     layers: tuple[DiagnosedLayer, ...]
 
+    def advice(self) -> tuple[str, ...]:
+        """Return what should be changed, one sentence for each reason: learning rate, precision, radius."""
+        bad = [layer.name for layer in self.layers if not all(map(math.isfinite, layer.norms))]
+        if bad:
+            return (
+                f"the inputs of {bad[0]} are not finite: go on from an earlier checkpoint, with a lower learning rate",
+            )
+        said = []
+        largest = max(self.layers, key=lambda layer: layer.norms[-1])
+        if largest.norms[-1] > LARGEST_FLOAT16:
+            said.append(
+                f"the patches of {largest.name} have norms up to {largest.norms[-1]:.3g}, more than float16 holds "
+                f"({LARGEST_FLOAT16:.0f}): use bfloat16 or float32, or a lower learning rate"
+            )
+        saturated = [layer for layer in self.layers if (layer.beyond or 0) > SATURATED]
+        if saturated:
+            one = max(saturated, key=lambda layer: layer.beyond)
+            said.append(
+                f"{len(saturated)} layers saturate, {one.name} most ({one.beyond:.1%} of patches beyond the radius "
+                f"{one.radius:.3g}, median norm {one.norms[0]:.3g}): use a larger radius, radius_relative, or calibrate"
+            )
+        return tuple(said)
+
     def __str__(self) -> str:
         head = ["layer", *(f"n {quantile:g}" for quantile in QUANTILES), "radius", "beyond", "cos spread", "error"]
         rows = [head]
@@ -107,7 +133,7 @@ class DiagnosisReport:
         for name, *cells in rows:
             cells = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
             lines.append("  ".join(["", name.ljust(widths[0]), *cells]))
-        return "\n".join(lines)
+        return "\n".join([*lines, *self.advice()])
 
 
 @torch.no_grad()

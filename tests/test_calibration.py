@@ -245,6 +245,22 @@ def test_diagnose_changes_nothing(relative):
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
+def test_diagnose_says_what_to_change():
+    fitting, small = converted("tanh_cosine", radius=3.0), converted("ball_cosine", radius=1e-3)
+    assert diagnose(fitting, [images()]).advice() == ()
+    (told,) = diagnose(small, [images()]).advice()
+    assert "2 layers saturate" in told and "use a larger radius" in told and told in str(diagnose(small, [images()]))
+    large = converted("linear_cosine")
+    with torch.no_grad():
+        large[0].weight.mul_(1e6)
+    assert "the patches of 3 have norms up to" in diagnose(large, [images()]).advice()[0]
+    with torch.no_grad():
+        large[0].weight[0] = float("nan")
+    assert diagnose(large, [images()]).advice() == (
+        "the inputs of 3 are not finite: go on from an earlier checkpoint, with a lower learning rate",
+    )
+
+
 def test_diagnose_shows_no_radius_where_there_is_none():
     layer = diagnose(converted("log_cosine"), [images()]).layers[0]
     assert (layer.radius, layer.beyond) == (None, None)

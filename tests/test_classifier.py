@@ -1,5 +1,7 @@
 """The Lightning module: its loss, optimiser, schedule, the authors' tricks, and going on after a stop."""
 
+import types
+
 import lightning as L
 import pytest
 import torch
@@ -10,6 +12,7 @@ from operators import DecoupledConv2d
 from zoo.callbacks import WeightedGradients, WeightProjection
 from zoo.classifier import Classifier, learning_rate_factor, orthogonality_penalty, read_lightning_checkpoint
 from zoo.data import Digits
+from zoo.guard import SkippedSteps, first_bad_layer
 from zoo.saving import LastCheckpoint
 
 LEARNED = {"name": "tanh_cosine", "radius_mode": "learned", "radius_relative": True}
@@ -321,9 +324,86 @@ def test_training_stops_where_a_gradient_is_not_finite(tmp_path):
             if trainer.global_step == 2:
                 module.model.network.features[3].weight.grad[0] = float("nan")
 
-    with pytest.raises(FloatingPointError, match=r"at step 2, where the gradient of \S*features.3.weight is not"):
+    told = (
+        r"at step 2 \(epoch 1, batch 3\) before .*: the gradient of \S*features.3.weight is not finite; lower --model"
+    )
+    with pytest.raises(FloatingPointError, match=told):
         fit(tmp_path, Poison(), *last_checkpoint(tmp_path))
     assert not (tmp_path / "last.ckpt").exists()
+
+
+class Explode(L.Callback):
+    """Makes something too large before the step of a batch."""
+
+    def __init__(self, step, what):
+        self.step = step
+        self.what = what
+
+    def on_train_batch_start(self, trainer, module, batch, batch_index):
+        if trainer.global_step == self.step:
+            with torch.no_grad():
+                if self.what == "a bias":
+                    module.model.network.features[4].bias.fill_(3e38)
+                else:
+                    module.model.network.features[3].weight[0] = float("inf")
+            self.before = {name: value.clone() for name, value in module.model.named_parameters()}
+
+
+@pytest.mark.parametrize(
+    ("what", "told"),
+    [
+        ("a bias", r"the output of \S*features\.\d+ is not finite"),
+        ("a weight", r"the weights of \S*features\.3\.weight, before the step, is not finite"),
+    ],
+)
+def test_bad_numbers_stop_before_they_reach_the_weights(tmp_path, what, told):
+    explode = Explode(5, what)
+    classifier = Classifier(operator="linear_cosine")
+    trainer = make_trainer(tmp_path, explode, *last_checkpoint(tmp_path), max_epochs=2)
+    with pytest.raises(FloatingPointError, match=rf"at step 5 \(epoch 2, batch 2\) before it changed.*: {told}"):
+        trainer.fit(classifier, datamodule=Digits())
+    for name, value in classifier.model.named_parameters():
+        assert torch.equal(value, explode.before[name])
+    saved = read_lightning_checkpoint(tmp_path / "last.ckpt")
+    assert saved["global_step"] == 4 and all(value.isfinite().all() for value in saved["state_dict"].values())
+
+
+def test_looking_for_a_bad_layer_leaves_the_network_as_it_was():
+    model = zoo.load("digits_cnn6_tanh_cosine").train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    assert first_bad_layer(model, torch.rand(8, 1, 8, 8)) is None
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    with torch.no_grad():
+        model.network.features[3].weight[0] = float("nan")
+    assert first_bad_layer(model, torch.rand(8, 1, 8, 8)) == "network.features.3"
+
+
+def test_steps_that_float16_skips_are_counted_and_end_a_training_that_stands_still():
+    scaler = torch.amp.GradScaler("cpu")
+    trainer = types.SimpleNamespace(precision_plugin=types.SimpleNamespace(scaler=scaler), global_step=0)
+    logged, module = [], types.SimpleNamespace(log=lambda name, value: logged.append(value))
+    weight = torch.nn.Parameter(torch.ones(1))
+    optimizer, counter = torch.optim.SGD([weight], lr=0.1), SkippedSteps()
+
+    def step(gradient):
+        scaler.scale(weight.sum()).backward()
+        weight.grad.fill_(gradient * scaler.get_scale())
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        trainer.global_step += 1
+        counter.on_train_batch_end(trainer, module)
+
+    for gradient in (1.0, float("inf"), float("nan"), 1.0):
+        step(gradient)
+    assert logged == [0, 1, 2, 2] and weight.item() == pytest.approx(0.8)
+    resumed = SkippedSteps()
+    resumed.load_state_dict(counter.state_dict())
+    assert (resumed.skipped, resumed.scale) == (2, scaler.get_scale())
+    with pytest.raises(FloatingPointError, match="at step 29, for the gradients of 25 steps in a row were not finite"):
+        for _ in range(30):
+            step(float("inf"))
+    assert weight.item() == pytest.approx(0.8)
 
 
 def test_a_dry_run_saves_nothing(tmp_path):

@@ -44,6 +44,7 @@ RANKS = {
     "zoo/data.py": 10,
     "zoo/callbacks.py": 10,
     "zoo/saving.py": 10,
+    "zoo/guard.py": 10,
     "zoo/plots.py": 10,
     "zoo/attacks.py": 6,
     "zoo/smoothness.py": 7.1,

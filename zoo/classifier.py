@@ -28,6 +28,7 @@ from operators.convert import classifier_layers
 from zoo.adversarial import AdversarialTraining, OverfittingAlarm
 from zoo.checkpoints import CONFIG, list_checkpoints
 from zoo.data import ImageData, given_arguments
+from zoo.guard import SkippedSteps, explanation
 from zoo.models import PLAIN, ImageModel, ModelSpec, build
 from zoo.randomness import key_of
 from zoo.saving import LAST, PREVIOUS, damage_of
@@ -145,6 +146,8 @@ class Classifier(L.LightningModule):
         self.earlier_commands: list[str] = []
         self.resumed_step: int | None = None
         self.loader_states: list[dict[str, int]] = []
+        # The images of the step that is under way, and their loss.
+        self.seen: tuple[Tensor, Tensor] | None = None
         # Name and licence of the weights that training started from.
         self.source: dict[str, str] | None = None
 
@@ -169,6 +172,7 @@ class Classifier(L.LightningModule):
         if self.adversarial:
             images = self.adversarial.perturb(self.model, images, labels)
         loss = F.cross_entropy(self.training_forward(images), labels, label_smoothing=self.hparams.label_smoothing)
+        self.seen = images, loss.detach()
         self.log("train_loss", loss, prog_bar=True)
         if self.hparams.orthogonality:
             loss = loss + self.hparams.orthogonality * orthogonality_penalty(self.model)
@@ -185,7 +189,8 @@ class Classifier(L.LightningModule):
         return self.model(batch).softmax(1)
 
     def configure_callbacks(self) -> list[Callback]:
-        return [OverfittingAlarm(self.adversarial)] if self.adversarial else []
+        alarm = [OverfittingAlarm(self.adversarial)] if self.adversarial else []
+        return alarm + [SkippedSteps()] * (self.trainer.precision == "16-mixed")
 
     def configure_optimizers(self) -> dict[str, Any]:
         settings = self.hparams
@@ -246,15 +251,19 @@ class Classifier(L.LightningModule):
         if self._frozen:
             for parameter in self._backbone():
                 parameter.grad = None
-        gradients = {name: value.grad for name, value in self.named_parameters() if value.grad is not None}
         # Loss scaling for float16 finds infinite gradients itself, and skips the step.
-        if self.trainer.precision == "16-mixed" or torch.nn.utils.get_total_norm(gradients.values()).isfinite():
+        if self.trainer.precision == "16-mixed":
             return
-        wrong = [name for name, gradient in gradients.items() if not gradient.isfinite().all()]
-        where = f"the gradient of {wrong[-1]}" if wrong else "the gradient's norm"
+        images, loss = self.seen
+        gradients = {name: value.grad for name, value in self.model.named_parameters() if value.grad is not None}
+        finite = torch.nn.utils.get_total_norm(gradients.values()).isfinite() & loss.isfinite()
+        # Where processes have a part of the gradients each, all stop if one must.
+        if self.trainer.strategy.reduce_boolean_decision(bool(finite)):
+            return
+        told = explanation(self, images, gradients, self.trainer.precision_plugin.forward_context)
         raise FloatingPointError(
-            f"training stopped at step {self.global_step}, where {where} is not finite; lower --model.learning_rate, "
-            "or go on from the last checkpoint (--ckpt_path)"
+            f"training stopped at step {self.global_step} (epoch {self.current_epoch + 1}, batch "
+            f"{self.trainer.fit_loop.epoch_loop.batch_idx + 1}) before it changed the weights: {told}"
         )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -1,0 +1,107 @@
+"""What is told, and done, when a training's numbers are not finite."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor, nn
+
+from operators import DecoupledConv2d, decoupled_layers, diagnose
+
+# Loss scaling halves its scale, of 65,536 at first, with each step that it skips: after these it has nothing to halve.
+MOST_SKIPPED = 25
+
+
+def first_bad_layer(
+    model: nn.Module, images: Tensor, precision: Callable[[], AbstractContextManager] = torch.no_grad
+) -> str | None:
+    """Return the name of the first layer whose output for a batch is not finite; None if all outputs are.
+
+    The network runs once more, in its mode, and is left as it was.
+
+    Args:
+        precision: gives the context in which it was run.
+    """
+    inner = {part for layer in decoupled_layers(model).values() for part in layer.modules() if part is not layer}
+    found: list[str] = []
+
+    def look(name: str, output: Any) -> None:
+        if not found and isinstance(output, Tensor) and not output.isfinite().all():
+            found.append(name)
+
+    hooks = [
+        layer.register_forward_hook(lambda module, inputs, output, name=name: look(name, output))
+        for name, layer in model.named_modules()
+        if layer not in inner and (isinstance(layer, DecoupledConv2d) or not list(layer.children()))
+    ]
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    try:
+        with torch.no_grad(), precision():
+            model(images)
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for buffer, before in buffers:
+            buffer.copy_(before)
+    return found[0] if found else None
+
+
+def explanation(module: L.LightningModule, images: Tensor, gradients: dict[str, Tensor], precision: Callable) -> str:
+    """Return in which layer the numbers of a step are the first that are not finite, and what may help."""
+    model = module.model
+    bad_weights = [name for name, value in model.named_parameters() if not value.isfinite().all()]
+    bad_gradients = [name for name, gradient in gradients.items() if not gradient.isfinite().all()]
+    if bad_weights:
+        where = f"the weights of {bad_weights[0]}, before the step,"
+    elif layer := first_bad_layer(model, images, precision):
+        where = f"the output of {layer}"
+    elif bad_gradients:
+        # Gradients come from the loss back to the first layer.
+        where = f"the gradient of {bad_gradients[-1]}"
+    else:
+        where = "the loss or the gradient's norm"
+    cures = ["lower --model.learning_rate", "limit the gradient (--trainer.gradient_clip_val 1)"]
+    if "16" in str(module.trainer.precision):
+        cures.insert(0, "train in --trainer.precision 32-true")
+    advice = diagnose(model, [images]).advice() if decoupled_layers(model) else ()
+    return "; ".join([f"{where} is not finite", *cures, "or go on from the last checkpoint (--ckpt_path)", *advice])
+
+
+class SkippedSteps(Callback):
+    """Count the steps that the loss scaling of float16 skips, tell how many, and stop when it skips all.
+
+    Raises:
+        FloatingPointError: 25 steps in a row were skipped.
+    """
+
+    def __init__(self) -> None:
+        self.skipped = self.in_a_row = 0
+        self.scale: float | None = None
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
+        before, self.scale = self.scale, trainer.precision_plugin.scaler.get_scale()
+        # It is halved where a step was skipped, and nowhere else.
+        skipped = before is not None and self.scale < before
+        self.skipped += skipped
+        self.in_a_row = self.in_a_row + 1 if skipped else 0
+        module.log("skipped_steps", float(self.skipped))
+        if self.in_a_row == MOST_SKIPPED:
+            raise FloatingPointError(
+                f"training stopped at step {trainer.global_step}, for the gradients of {MOST_SKIPPED} steps in a row "
+                "were not finite, and the weights did not change; train in --trainer.precision bf16-mixed or 32-true, "
+                "or lower --model.learning_rate"
+            )
+
+    def on_train_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        if self.skipped:
+            rank_zero_info(f"float16: {self.skipped} of {trainer.global_step} steps were skipped so far")
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"skipped": self.skipped, "scale": self.scale}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.skipped, self.scale = state["skipped"], state["scale"]
