@@ -406,6 +406,68 @@ def test_steps_that_float16_skips_are_counted_and_end_a_training_that_stands_sti
     assert weight.item() == pytest.approx(0.8)
 
 
+def test_the_average_of_the_weights_is_what_is_validated_and_saved(tmp_path):
+    class Watch(L.Callback):
+        """Keeps the weights after each step, and those that are validated."""
+
+        def __init__(self):
+            self.steps, self.validated = [], None
+
+        def on_train_batch_end(self, trainer, module, *_):
+            self.steps.append({name: value.clone() for name, value in module.model.state_dict().items()})
+
+        def on_validation_batch_start(self, trainer, module, *_):
+            self.validated = {name: value.clone() for name, value in module.model.state_dict().items()}
+
+    watch = Watch()
+    classifier = fit(tmp_path, watch, *last_checkpoint(tmp_path), operator=LEARNED, ema=0.15)
+    saved = read_lightning_checkpoint(tmp_path / "last.ckpt")
+    for name, value in classifier.model.state_dict().items():
+        expected = watch.steps[0][name]
+        for count, step in enumerate(watch.steps[1:], start=1):
+            decay = min(0.15, (1 + count) / (10 + count))
+            averaged = decay * expected + (1 - decay) * step[name]
+            expected = averaged if value.is_floating_point() else step[name]
+        torch.testing.assert_close(value, expected)
+        assert torch.equal(value, watch.validated[name]) and torch.equal(value, saved["state_dict"][f"model.{name}"])
+        assert torch.equal(watch.steps[-1][name], saved["current_model_state"][f"model.{name}"])
+    loaded = Classifier.load_from_checkpoint(tmp_path / "last.ckpt", weights_only=True)
+    assert torch.equal(next(loaded.model.parameters()), next(classifier.model.parameters()))
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_layout_and_precision_change_the_weights_by_rounding_alone(tmp_path, precision, channels_last):
+    def train(**settings):
+        L.seed_everything(0, verbose=False)
+        classifier = Classifier("resnet20", LEARNED, optimizer="sgd", warmup=0.0, learning_rate=0.01, **settings)
+        make_trainer(tmp_path, precision=settings_of_trainer).fit(classifier, datamodule=Digits(augment="none"))
+        return classifier
+
+    settings_of_trainer = "32-true"
+    before = torch.cat([value.flatten() for value in train().model.parameters()])
+    settings_of_trainer = precision
+    classifier = train(channels_last=channels_last)
+    weight = classifier.model.network.blocks[0].conv1.weight
+    assert weight.is_contiguous(memory_format=torch.channels_last) == channels_last
+    assert weight.is_contiguous() != channels_last and weight.dtype == torch.float32
+    after = torch.cat([value.flatten() for value in classifier.model.parameters()])
+    assert (after - before).norm() < (0.02 if precision == "bf16-mixed" else 1e-4) * before.norm()
+    assert torch.equal(after, before) == (precision == "32-true" and channels_last)
+
+
+def test_accumulated_batches_are_one_large_batch(tmp_path):
+    def train(batch_size, parts):
+        L.seed_everything(0, verbose=False)
+        classifier = Classifier("cnn9", "sphere_cosine", {"batch_norm": False}, optimizer="sgd", warmup=0.0)
+        trainer = make_trainer(tmp_path, accumulate_grad_batches=parts, limit_train_batches=3 * parts)
+        trainer.fit(classifier, datamodule=Digits(batch_size, augment="crop"))
+        return classifier.model.state_dict()
+
+    for (name, one), other in zip(train(64, 1).items(), train(16, 4).values(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5, msg=name)
+
+
 def test_a_dry_run_saves_nothing(tmp_path):
     trainer = make_trainer(tmp_path, *last_checkpoint(tmp_path), fast_dev_run=True)
     trainer.fit(Classifier(), datamodule=Digits())

@@ -31,6 +31,7 @@ SETTINGS = {
     "learned": {"operator": LEARNED},
     "dropout": {"architecture": "efficientnet_b0", "architecture_args": {"drop_rate": 0.2, "drop_path_rate": 0.1}},
     "mixup": {"operator": "conv", "mixup": 0.4, "optimizer": "sgd"},
+    "averaged": {"operator": LEARNED, "ema": 0.9},
     "attacked": {"operator": "ball_cosine", "adversarial": AdversarialTraining(eps=0.1, steps=2)},
 }
 

@@ -1,6 +1,7 @@
-"""Callbacks: the authors' optional training tricks, training in limited time, and the table of predictions."""
+"""Callbacks: the authors' training tricks, averaged weights, limited time, and the table of predictions."""
 
 import csv
+import functools
 import io
 import time
 from itertools import chain
@@ -9,7 +10,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import BasePredictionWriter, Callback
+from lightning.pytorch.callbacks import BasePredictionWriter, Callback, WeightAveraging
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -59,6 +60,35 @@ class WeightedGradients(Callback):
         for layer in decoupled_layers(module).values():
             if layer.weight.grad is not None:
                 layer.weight.grad *= filter_norm(layer.weight.detach(), eps=layer.operator.eps)
+
+
+class MovingAverage(WeightAveraging):
+    """Validate, save and export the moving average of the weights, and of BatchNorm's statistics, over the steps.
+
+    ``a ← d a + (1 - d) w`` after each step of the optimiser, with ``d = min(decay, (1 + t) / (10 + t))`` after ``t``
+    steps, so that a short training is not held by its first weights. Training goes on with ``w``, which a Lightning
+    checkpoint has, too.
+
+    Args:
+        decay: share that the average keeps in a step, in (0, 1).
+
+    Source: Tarvainen and Valpola, Mean Teachers, 2017; the beginning as in TensorFlow's ExponentialMovingAverage.
+    """
+
+    def __init__(self, decay: float) -> None:
+        super().__init__(avg_fn=functools.partial(_averaged, decay))
+
+    def setup(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
+        # Lightning asks callbacks first, but the network, of which the average is a copy, follows from the data.
+        module.setup(stage)
+        super().setup(trainer, module, stage)
+
+
+def _averaged(decay: float, average: Tensor, current: Tensor, steps: Tensor) -> Tensor:
+    # Counts, such as BatchNorm's of batches, are no quantities to be averaged.
+    if not average.is_floating_point():
+        return current
+    return average.lerp(current, 1 - torch.clamp((1 + steps) / (10 + steps), max=decay).to(average.dtype))
 
 
 class StopInTime(Callback):

@@ -26,6 +26,7 @@ from torchvision.transforms.v2 import MixUp
 from operators import DecoupledConv2d, calibrate, decoupled_layers, filter_norm
 from operators.convert import classifier_layers
 from zoo.adversarial import AdversarialTraining, OverfittingAlarm
+from zoo.callbacks import MovingAverage
 from zoo.checkpoints import CONFIG, list_checkpoints
 from zoo.data import ImageData, given_arguments
 from zoo.guard import SkippedSteps, explanation
@@ -76,7 +77,10 @@ class Classifier(L.LightningModule):
             use 1e-5.
         adversarial: train on attacked images, as its fields say: attack ("pgd" or "fgsm"), eps, steps, step. Validation
             images are attacked after each epoch, with a warning if the network only seems to resist.
+        ema: validate, save and export the moving average of the weights, which keeps that share of itself in a step,
+            e.g. 0.999; none by default.
         compile: train with torch.compile, which takes some seconds to a minute to begin with. Validation stays eager.
+        channels_last: lay images and filters out with the channels last, which is the fast way on most devices.
 
     Raises:
         ValueError: an unknown name, a number outside its range, or ``init_from`` beside what it brings along.
@@ -101,7 +105,9 @@ class Classifier(L.LightningModule):
         mixup: float = 0.0,
         orthogonality: float = 0.0,
         adversarial: AdversarialTraining | None = None,
+        ema: float | None = None,
         compile: bool = False,
+        channels_last: bool = True,
     ) -> None:
         super().__init__()
         for name, value in {"warmup": warmup, "label_smoothing": label_smoothing}.items():
@@ -120,6 +126,8 @@ class Classifier(L.LightningModule):
         for name, value in rates.items():
             if value is not None and value <= 0:
                 raise ValueError(f"{name} must be more than 0, got {value}")
+        if ema is not None and not 0 < ema < 1:
+            raise ValueError(f"ema is the share that the average keeps in a step, in (0, 1), got {ema}")
         if calibrate is not None and not 0 < calibrate <= 1:
             raise ValueError(f"calibrate is a quantile in (0, 1], got {calibrate}")
         if calibrate is not None and (not init_from or operator in (None, PLAIN)):
@@ -169,6 +177,7 @@ class Classifier(L.LightningModule):
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> Tensor:
         images, labels = self.mix(*batch) if self.hparams.mixup else batch
+        images = images.contiguous(memory_format=self.memory_format)
         if self.adversarial:
             images = self.adversarial.perturb(self.model, images, labels)
         loss = F.cross_entropy(self.training_forward(images), labels, label_smoothing=self.hparams.label_smoothing)
@@ -189,8 +198,12 @@ class Classifier(L.LightningModule):
         return self.model(batch).softmax(1)
 
     def configure_callbacks(self) -> list[Callback]:
-        alarm = [OverfittingAlarm(self.adversarial)] if self.adversarial else []
-        return alarm + [SkippedSteps()] * (self.trainer.precision == "16-mixed")
+        callbacks: list[Callback] = [OverfittingAlarm(self.adversarial)] if self.adversarial else []
+        if self.hparams.ema:
+            callbacks.append(MovingAverage(self.hparams.ema))
+        if self.trainer.precision == "16-mixed":
+            callbacks.append(SkippedSteps())
+        return callbacks
 
     def configure_optimizers(self) -> dict[str, Any]:
         settings = self.hparams
@@ -321,6 +334,10 @@ class Classifier(L.LightningModule):
         return {"adversarial": self.hparams.adversarial, "alarms": found[0]} if found else {}
 
     @property
+    def memory_format(self) -> torch.memory_format:
+        return torch.channels_last if self.hparams.channels_last else torch.contiguous_format
+
+    @property
     def _seed(self) -> int:
         """The seed of the run; -1 if none was set."""
         return int(os.environ.get("PL_GLOBAL_SEED", -1))
@@ -339,7 +356,7 @@ class Classifier(L.LightningModule):
         rank_zero_info(f"{_identity(self.model.spec)}, {sum(p.numel() for p in self.parameters()):,} parameters")
 
     def _set_model(self, model: ImageModel) -> None:
-        self.model = model.to(memory_format=torch.channels_last)
+        self.model = model.to(memory_format=self.memory_format)
         # A function and no module, whose parameters would be registered twice.
         self.training_forward = torch.compile(model.forward, dynamic=False) if self.hparams.compile else model.__call__
         classes = len(model.class_names)
@@ -412,7 +429,7 @@ class Classifier(L.LightningModule):
 
     def _evaluate(self, batch: tuple[Tensor, Tensor], split: str) -> None:
         images, labels = batch
-        logits = self.model(images)
+        logits = self.model(images.contiguous(memory_format=self.memory_format))
         name = f"{split}_accuracy"
         self.accuracy[name](logits, labels)
         self.log(f"{split}_loss", F.cross_entropy(logits, labels), batch_size=len(labels), sync_dist=True)
