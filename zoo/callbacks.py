@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import BasePredictionWriter, Callback, WeightAv
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
+from torch.optim.swa_utils import AveragedModel
 
 from operators import decoupled_layers, filter_norm
 from zoo.checkpoints import write_whole
@@ -81,7 +82,9 @@ class MovingAverage(WeightAveraging):
     def setup(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
         # Lightning asks callbacks first, but the network, of which the average is a copy, follows from the data.
         module.setup(stage)
-        super().setup(trainer, module, stage)
+        if stage == "fit":
+            settings = {"device": module.device, "use_buffers": self._use_buffers, **self._kwargs}
+            self._average_model = AveragedModel(module, **settings)
 
 
 def _averaged(decay: float, average: Tensor, current: Tensor, steps: Tensor) -> Tensor:

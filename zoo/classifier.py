@@ -17,9 +17,10 @@ import lightning as L
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.strategies import SingleDeviceStrategy
+from lightning.pytorch.strategies import ModelParallelStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 from torchmetrics.classification import MulticlassAccuracy
 from torchvision.transforms.v2 import MixUp
 
@@ -154,6 +155,8 @@ class Classifier(L.LightningModule):
         self.earlier_commands: list[str] = []
         self.resumed_step: int | None = None
         self.loader_states: list[dict[str, int]] = []
+        # Of a sharded network, the parameters whose gradients the strategy does not reduce.
+        self.replicated: list[nn.Parameter] = []
         # The images of the step that is under way, and their loss.
         self.seen: tuple[Tensor, Tensor] | None = None
         # Name and licence of the weights that training started from.
@@ -170,6 +173,29 @@ class Classifier(L.LightningModule):
             check_data(self.model.spec, data)
         # Asked for at the start, for files may change while the network trains.
         _commit()
+
+    def configure_model(self) -> None:
+        """Give each process its part of the weights, gradients and optimiser's state, if the strategy is FSDP.
+
+        The blocks of the network, and what is left of it, are gathered when they are needed
+        (``ModelParallelStrategy``, FSDP2: Zhao et al., PyTorch FSDP, 2023).
+
+        Raises:
+            ValueError: for FSDP with ``compile`` or ``ema``.
+        """
+        if self._trainer is None or not isinstance(self.trainer.strategy, ModelParallelStrategy):
+            return
+        if self.hparams.compile or self.hparams.ema:
+            raise ValueError(
+                "a network whose weights are sharded is neither compiled nor averaged: leave out compile and ema"
+            )
+        # It takes no filters with the channels last, and no single numbers, such as a learned radius, which stay whole.
+        self.model.to(memory_format=torch.contiguous_format)
+        self.replicated = [parameter for parameter in self.model.parameters() if not parameter.dim()]
+        settings = {"mesh": self.device_mesh["data_parallel"], "ignored_params": set(self.replicated)}
+        for block in blocks(self.model):
+            fully_shard(block, **settings)
+        fully_shard(self.model, **settings)
 
     def on_train_batch_start(self, batch: tuple[Tensor, Tensor], batch_index: int) -> None:
         # What a step draws follows from its place, so that a run that goes on draws the same; and so does each process.
@@ -261,6 +287,8 @@ class Classifier(L.LightningModule):
                 parameter.requires_grad_(not self._frozen)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        for parameter in self.replicated:
+            parameter.grad = self.trainer.strategy.reduce(parameter.grad, reduce_op="mean")
         if self._frozen:
             for parameter in self._backbone():
                 parameter.grad = None
@@ -323,8 +351,9 @@ class Classifier(L.LightningModule):
             # The time that --trainer.max_time gives is that of each call.
             checkpoint["callbacks"].pop("Timer", None)
             self.source = record.get("source")
-        # Built again, for the checkpoint's normalisation is part of its spec and not among its weights.
-        self._set_model(spec.build())
+        # The checkpoint's normalisation is part of its spec and not among its weights.
+        if self.model is None or spec != self.model.spec:
+            self._set_model(spec.build())
         if stage == "predict" and self._trainer:
             self._announce()
 
@@ -434,6 +463,14 @@ class Classifier(L.LightningModule):
         self.accuracy[name](logits, labels)
         self.log(f"{split}_loss", F.cross_entropy(logits, labels), batch_size=len(labels), sync_dist=True)
         self.log(name, self.accuracy[name], prog_bar=True, batch_size=len(labels))
+
+
+def blocks(model: nn.Module) -> list[nn.Module]:
+    """Return the parts of a network's sequences that have weights: the units in which they are sharded."""
+    sequences = [module for module in model.modules() if isinstance(module, nn.Sequential | nn.ModuleList)]
+    parts = [part for sequence in sequences for part in sequence if any(True for _ in part.parameters())]
+    inner = {module for part in parts for module in part.modules() if module is not part}
+    return [part for part in dict.fromkeys(parts) if part not in inner and not isinstance(part, nn.Sequential)]
 
 
 def learning_rate_factor(progress: float, schedule: str, warmup: float) -> float:
