@@ -18,8 +18,8 @@ import torch
 from benchmarks import measure
 from zoo.callbacks import EpochLines
 from zoo.cli import run
-from zoo.data import class_folders
 from zoo.export import export
+from zoo.image_files import class_folders
 
 OUTPUT = measure.RESULTS / "finetune.json"
 IMAGES, WORK = Path("data/cifar10"), Path("outputs/finetune")

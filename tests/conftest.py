@@ -2,11 +2,16 @@
 
 import os
 import signal
+import tempfile
 
 import torch
 
 # No test waits for the Hugging Face Hub.
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+# What is known of image files is kept for this run of the tests alone.
+CACHES = tempfile.TemporaryDirectory()
+os.environ["XDG_CACHE_HOME"] = CACHES.name
 
 torch.set_num_threads(1)
 

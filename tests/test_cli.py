@@ -566,7 +566,11 @@ def test_corrupt_and_missing_images_are_named(run):
     words = ["fit", *SHORT, "--data=ImageFolder", "--data.root=photos", "--data.input_size=8"]
     Path("photos/train/dog/2.png").write_bytes(b"not an image")
     status, _, errors = run(*words, "--data.max_unreadable=0")
-    assert status == 1 and "1 of 8 images cannot be read; remove or replace them, or let more than 0" in errors
+    assert (
+        status == 1
+        and "1 of 8 images cannot be read; remove or replace them (python -m zoo preflight photos lists all), or let"
+        in errors
+    )
     assert "\n  photos/train/dog/2.png: no image of a known kind" in errors and "--data.max_unreadable" in errors
     with pytest.warns(UserWarning, match=r"1 of 8 images cannot be read and are left out:\n  photos/train/dog/2.png"):
         status, _, errors = run(*words)

@@ -1,6 +1,7 @@
 """Data modules: every pixel and label arrives as it was stored, splits are fixed, and bad data is named."""
 
 import collections
+import io
 import itertools
 import os
 import pickle
@@ -19,7 +20,9 @@ from sklearn.datasets import load_digits
 from torch.utils.data import DataLoader
 from torchvision import datasets
 
+import zoo.__main__
 import zoo.data
+import zoo.image_files
 from zoo.augmentation import augment_batch, random_cutout, random_flip, random_resized_crop, random_shift
 from zoo.data import build_data
 from zoo.randomness import uniform
@@ -223,8 +226,10 @@ def test_images_in_memory_are_decoded_once_and_others_once_more_than_used(
     limit, workers, decoded, tmp_path, monkeypatch
 ):
     write_images(tmp_path, {"train/a": 4, "train/b": 4})
-    decode, calls = zoo.data.decode, []
-    monkeypatch.setattr(zoo.data, "decode", lambda file, transform: calls.append(file) or decode(file, transform))
+    decode, calls = zoo.image_files.decode, []
+    monkeypatch.setattr(
+        zoo.image_files, "decode", lambda file, transform: calls.append(file) or decode(file, transform)
+    )
     data = image_folder(tmp_path, batch_size=2, num_workers=2, memory_limit_mb=limit)
     data.setup("fit")
     data.setup("test")
@@ -272,10 +277,9 @@ def test_a_few_unreadable_images_are_left_out_and_named(limit, tmp_path):
     broken[1].write_bytes(b"no image at all")
     broken[2].write_bytes(b"")
     data = image_folder(tmp_path, input_size=64, memory_limit_mb=limit, max_unreadable=3)
-    unknown = "no image of a known kind"
     message = (
         rf"^3 of 6 images cannot be read and are left out:\n  {broken[0]}: .*truncated.*"
-        rf"\n  {broken[1]}: {unknown}\n  {broken[2]}: {unknown}$"
+        rf"\n  {broken[1]}: no image of a known kind\n  {broken[2]}: the file is empty$"
     )
     with pytest.warns(UserWarning) as warned:
         data.setup("fit")
@@ -294,7 +298,7 @@ def test_too_many_unreadable_images_are_an_error_that_counts_them(limit, tmp_pat
     write_images(tmp_path, {"train/a": 12, "train/b": 13, "val/a": 1, "val/b": 2})
     (tmp_path / "val/b/1.png").write_bytes(b"")
     with pytest.raises(
-        ValueError, match=r"^1 of 3 images .*; remove .* more than 0 .* \(--data.max_unreadable\):\n.*val/b/1.png: no"
+        ValueError, match=r"^1 of 3 images .*; remove .* more than 0 .* \(--data.max_unreadable\):\n.*val/b/1.png: the"
     ):
         image_folder(tmp_path, memory_limit_mb=limit, max_unreadable=0).setup("validate")
     for index in range(12):
@@ -686,6 +690,79 @@ def test_the_order_of_an_epoch_depends_on_seed_and_epoch_alone(monkeypatch):
     assert [second] == orders(0, [1]) and first != second and [first] != orders(1, [0])
 
 
+BAD = {
+    "truncated.png": ("truncated", lambda content: content[:-400]),
+    "empty.png": ("the file is empty", lambda content: b""),
+    "text.jpg": ("no image of a known kind", lambda content: b"no image at all"),
+    "bomb.png": ("pixels are more than 10,000: a decompression bomb", None),
+    "range.tiff": ("no stated range", None),
+}
+
+
+def write_bad_images(folder):
+    content = io.BytesIO()
+    Image.fromarray(noise(64, 64, 3)).save(content, "PNG")
+    for name, (_, damage) in BAD.items():
+        if damage:
+            (folder / name).write_bytes(damage(content.getvalue()))
+    Image.new("L", (101, 100)).save(folder / "bomb.png")
+    Image.fromarray(numpy.zeros((8, 8), numpy.float32)).save(folder / "range.tiff")
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_preflight_opens_each_file_once_and_lists_all_that_is_wrong(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caches"))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10_000)
+    root = tmp_path / "photos"
+    write_images(root, {"train/a": 3, "train/b": 20, "val/a": 1, "val/b": 2})
+    write_bad_images(root / "train/b")
+    opened, decode = [], zoo.image_files.decode
+    monkeypatch.setattr(
+        zoo.image_files, "decode", lambda file, transform: opened.append(file.name) or decode(file, transform)
+    )
+    monkeypatch.setattr("sys.argv", ["zoo", "preflight", str(root)])
+    for again in range(3):
+        with pytest.raises(SystemExit) as stop:
+            zoo.__main__.main()
+        printed = capsys.readouterr().out
+        assert stop.value.code == 1 and all(
+            re.search(rf"{root}/train/b/{name}: .*{reason}", printed) for name, (reason, _) in BAD.items()
+        )
+        assert re.search(r"train │ 28 +│ 2 +│ 3 +│ 5 ", printed)
+        assert len(opened) == (31 if again < 2 else 32)
+        if again == 1:
+            # A file that has changed is opened again.
+            (root / "train/a/0.png").write_bytes((root / "train/a/1.png").read_bytes() + b" ")
+    # What is on disk has been examined, and training opens no file before it needs it.
+    opened.clear()
+    with pytest.warns(UserWarning, match="5 of 28 images cannot be read and are left out"):
+        image_folder(root, memory_limit_mb=0).setup("fit")
+    assert not opened
+    (record,) = (tmp_path / "caches/decoupled_zoo").iterdir()
+    record.write_text("damaged")
+    with pytest.warns(UserWarning, match="5 of 28 images cannot be read and are left out"):
+        image_folder(root, memory_limit_mb=0).setup("fit")
+    assert len(opened) == 31
+
+
+def test_preflight_of_a_sound_folder_ends_well(tmp_path, monkeypatch, capsys):
+    write_images(tmp_path, TWO)
+    monkeypatch.setattr("sys.argv", ["zoo", "preflight", str(tmp_path), "--grey"])
+    with pytest.raises(SystemExit) as stop:
+        zoo.__main__.main()
+    assert stop.value.code == 0 and "png" not in capsys.readouterr().out
+
+
+def test_classes_without_a_training_image_are_refused(tmp_path):
+    write_dataset("MNIST", tmp_path)
+    labels = numpy.arange(200).astype(numpy.uint8) % 8
+    file = tmp_path / "MNIST/raw/train-labels-idx1-ubyte"
+    count = int.from_bytes(file.read_bytes()[4:8], "big")
+    file.write_bytes(file.read_bytes()[:8] + labels[:count].tobytes())
+    with pytest.raises(ValueError, match="class '8' of MNIST has 0 training image, too few"):
+        build_data("MNIST", root=str(tmp_path)).setup("fit")
+
+
 def test_a_rare_class_has_a_validation_image():
     class Two(zoo.data.Digits):
         class_names = ["often", "rarely"]
@@ -718,11 +795,11 @@ def test_unusual_image_files_look_as_they_should(tmp_path):
     for name, (image, options) in write.items():
         image.save(tmp_path / f"{name}.png", **options)
         assert torch.equal(
-            zoo.data.decode(tmp_path / f"{name}.png", ImageTransform(1, 8))[0], torch.from_numpy(grey)
+            zoo.image_files.decode(tmp_path / f"{name}.png", ImageTransform(1, 8))[0], torch.from_numpy(grey)
         ), name
     for values in (grey.astype(numpy.float32), grey.astype(numpy.int32)):
         Image.fromarray(values).save(tmp_path / "no range.tiff")
         with pytest.raises(
             ValueError, match="no range.tiff is no readable image .*no stated range; save it with 8 or 16"
         ):
-            zoo.data.decode(tmp_path / "no range.tiff", ImageTransform(1, 8))
+            zoo.image_files.decode(tmp_path / "no range.tiff", ImageTransform(1, 8))

@@ -41,6 +41,8 @@ RANKS = {
     "zoo/randomness.py": 6,
     "zoo/augmentation.py": 6.1,
     "zoo/loaders.py": 6.1,
+    "zoo/image_files.py": 9.5,
+    "zoo/preflight.py": 9.6,
     "zoo/data.py": 10,
     "zoo/callbacks.py": 10,
     "zoo/saving.py": 10,

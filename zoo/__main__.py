@@ -25,8 +25,9 @@ from zoo.cards import model_card
 from zoo.checkpoints import CARD, PRETRAINED, find_local, read_config, write_whole
 from zoo.classifier import CALIBRATION_IMAGES, origin
 from zoo.cli import command_of, portable, readable_errors, stop_status
-from zoo.data import DATA, Digits, ImageData, sample_files
+from zoo.data import DATA, Digits, ImageData, ImageFolder
 from zoo.export import check_absent, check_name, export, measure, measured_data, recorded_data
+from zoo.image_files import sample_files
 from zoo.models import PLAIN, is_plain
 from zoo.plots import plot_operators, plot_predictions
 from zoo.probes import NEEDS, optional
@@ -108,6 +109,12 @@ def main() -> None:
     command.add_argument("--title", help="of an ImageFolder, as shown beside the numbers; by default its folder's name")
     command.add_argument("--licence", help="of the weights, to be recorded, too")
     command.set_defaults(function=measure_checkpoint)
+
+    command = commands.add_parser("preflight", help="open every image of a folder, and list all that cannot be read")
+    command.description = "Open every image of ROOT/train, val and test, and list all that cannot be read; then exit 1."
+    command.add_argument("root", metavar="ROOT", help="the folder that holds train, as for --data ImageFolder")
+    command.add_argument("--grey", action="store_true", help="for a network that takes one channel")
+    command.set_defaults(function=preflight)
 
     command = commands.add_parser("robustness", help="attack a checkpoint and say how far to believe the outcome")
     command.description = (
@@ -314,6 +321,19 @@ def measure_checkpoint(arguments: argparse.Namespace) -> None:
     if arguments.licence:
         zoo.record(arguments.name, licence=arguments.licence)
     print(f"recorded: {zoo.find(arguments.name)}")
+
+
+def preflight(arguments: argparse.Namespace) -> None:
+    survey = ImageFolder(arguments.root, in_chans=1 if arguments.grey else 3).survey()
+    table = Table("split", "images", "classes", "in the smallest", "cannot be read")
+    for split, (labels, broken) in survey.items():
+        counts = labels.bincount()
+        table.add_row(split, f"{len(labels):,}", str(len(counts)), f"{counts.min():,}", str(len(broken)))
+    Console().print(table)
+    reasons = {file: reason for _, broken in survey.values() for file, reason in broken.items()}
+    for file, reason in reasons.items():
+        print(f"{file}: {reason}")
+    sys.exit(int(bool(reasons)))
 
 
 def attack_checkpoint(arguments: argparse.Namespace) -> None:

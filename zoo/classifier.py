@@ -29,7 +29,7 @@ from operators.convert import classifier_layers
 from zoo.adversarial import AdversarialTraining, OverfittingAlarm
 from zoo.callbacks import MovingAverage
 from zoo.checkpoints import CONFIG, list_checkpoints
-from zoo.data import ImageData, given_arguments
+from zoo.data import ImageData, first_alone, given_arguments
 from zoo.guard import SkippedSteps, explanation
 from zoo.models import PLAIN, ImageModel, ModelSpec, build
 from zoo.randomness import key_of
@@ -165,7 +165,10 @@ class Classifier(L.LightningModule):
     def setup(self, stage: str) -> None:
         data = self._data()
         if self.model is None:
-            self._set_model(self._build(data, stage))
+            # What is fetched from the Hub is fetched by one process of each machine, and read by the others.
+            with first_alone(self.trainer):
+                model = self._build(data, stage)
+            self._set_model(model)
             # What predicts from a Lightning checkpoint is built when that is read.
             if stage != "predict" or self.hparams.init_from:
                 self._announce()

@@ -25,7 +25,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from operators.lookup import look_up, unknown_name
 from zoo.callbacks import PredictionTable
 from zoo.classifier import Classifier, read_lightning_checkpoint, read_record, usable_checkpoint
-from zoo.data import DATA, ImageData, unreadable
+from zoo.data import DATA, ImageData
+from zoo.image_files import unreadable
 from zoo.saving import LAST, PREVIOUS, STOPPED, LastCheckpoint, SafeCheckpointIO
 from zoo.sources import shape_of
 

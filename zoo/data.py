@@ -5,11 +5,10 @@ small enough lies there as one tensor, and no worker process is needed.
 """
 
 import abc
+import contextlib
 import os
-import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from multiprocessing.pool import ThreadPool
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +17,30 @@ import numpy as np
 import torch
 import torchvision.transforms.v2.functional as TF
 from lightning.pytorch.utilities import rank_zero_info
-from PIL import Image, UnidentifiedImageError
-from rich.progress import track
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from torchvision import datasets
-from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.datasets.vision import VisionDataset
 
 from operators.lookup import look_up, unknown_name
 from zoo.augmentation import AUGMENTS, Augment, augment_batch, to_float
+from zoo.image_files import (
+    MOST_UNREADABLE,
+    DiskImages,
+    class_folders,
+    decode_each,
+    empty_images,
+    evenly_spaced,
+    find_images,
+    images_in,
+    is_image,
+    some_of,
+    unreadable,
+)
 from zoo.loaders import Loader, MemoryImages, Share, TrainingLoader
+from zoo.preflight import examine
 from zoo.transforms import ImageTransform
 
 # Images to predict on are read later, when it is known what the network takes.
@@ -45,31 +55,6 @@ USES = ("batch_size", "augment", "predict")
 SPLIT_SEED = 0
 # The label of an image whose class nobody has told.
 UNLABELLED = -1
-# Of a split, so many files that are no readable images are put up with unless told otherwise.
-MOST_UNREADABLE = 10
-# Decoding fewer images than this is over before a progress bar is read.
-WORTH_A_PROGRESS_BAR = 2000
-
-
-class DiskImages(Dataset):
-    """Images read from files, batch by batch, as the same tensors that ``MemoryImages`` gives.
-
-    Raises:
-        ValueError: from a batch with a file that is no readable image.
-    """
-
-    in_memory = False
-
-    def __init__(self, files: Sequence[Path], labels: Tensor, transform: ImageTransform) -> None:
-        self.files = files
-        self.labels = labels
-        self.transform = transform
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
-        return torch.stack([decode(self.files[index], self.transform) for index in indices]), self.labels[indices]
 
 
 ImageSet = MemoryImages | DiskImages
@@ -162,8 +147,10 @@ class ImageData(L.LightningDataModule, abc.ABC):
             self._sets.update({name: images for name, images in other._sets.items() if name != "predict"})
 
     def setup(self, stage: str) -> None:
-        for split in STAGES[stage]:
-            self.split(split)
+        # Images on disk are examined by one process of each machine, and the others read what it has found.
+        with first_alone(self.trainer):
+            for split in STAGES[stage]:
+                self.split(split)
 
     def train_dataloader(self) -> TrainingLoader:
         return self._loader("train")
@@ -260,8 +247,7 @@ class ImageData(L.LightningDataModule, abc.ABC):
         """
         in_memory = len(files) * transform.in_chans * transform.input_size**2 <= self.memory_limit_mb * 2**20
         images = empty_images(len(files) if in_memory else 0, transform)
-        # Files left on disk are read once before, so that none stops a run half way.
-        broken = decode_each(files, transform, images.__setitem__ if in_memory else lambda *_: None)
+        broken = decode_each(files, transform, images.__setitem__) if in_memory else examine(files, transform)
         if broken:
             readable = [index for index, file in enumerate(files) if file not in broken]
             files, labels = [files[index] for index in readable], labels[readable]
@@ -472,9 +458,10 @@ class ImageFolder(ImageData):
     test images too. Images are converted to grey or RGB, resized (the shorter side) and cropped in the centre; files
     that do not end as images do (.jpg, .png, ...) are ignored.
 
-    Each image of a split is read once before the split is used, whether it then stays in memory or not, so that no
-    file stops a run half way. The few that cannot be read are left out; those held out of train for validation are
-    chosen before that, so that the choice does not depend on what is readable.
+    Each image of a split is read before the split is used, whether it then stays in memory or not, so that no file
+    stops a run half way; one that stays on disk but once, as long as it does not change. The few that cannot be read
+    are left out; those held out of train for validation are chosen before that, so that the choice does not depend on
+    what is readable.
 
     With the augmentation "resized_crop_flip", training images are kept at 8/7 of ``input_size`` (256 pixels for 224),
     so that a crop loses little resolution.
@@ -571,15 +558,15 @@ class ImageFolder(ImageData):
         images, broken = self._read_files(files, labels, ImageTransform(self.in_chans, size))
         if len(broken) > self.max_unreadable:
             then = (
-                f"; remove or replace them, or let more than {self.max_unreadable} of a split be left out "
-                "(--data.max_unreadable)"
+                f"; remove or replace them (python -m zoo preflight {self.root} lists all), or let more than "
+                f"{self.max_unreadable} of a split be left out (--data.max_unreadable)"
             )
             raise ValueError(unreadable(broken, len(files), then, most=10))
         left = set(images.labels.tolist())
         if lost := [name for label, name in enumerate(self.class_names) if label not in left]:
             held = split == "val" and not self._has("val")
             what = "part held out of train for validation" if held else f"{split} split"
-            then = f", and the {what} has no others of the classes {_first(lost)}; replace or add images"
+            then = f", and the {what} has no others of the classes {some_of(lost)}; replace or add images"
             raise ValueError(unreadable(broken, len(files), then))
         if broken:
             warnings.warn(unreadable(broken, len(files), " and are left out"), stacklevel=2)
@@ -588,8 +575,16 @@ class ImageFolder(ImageData):
     def _has(self, split: str) -> bool:
         return (self.root / split).is_dir()
 
+    def survey(self) -> dict[str, tuple[Tensor, dict[Path, str]]]:
+        """Return of each split that has a folder the labels of its images, and why some cannot be read."""
+        found = {}
+        for split in filter(self._has, SPLITS):
+            files, labels = self._list(split)
+            found[split] = labels, examine(files, ImageTransform(self.in_chans, self.input_size))
+        return found
+
     def _list(self, split: str) -> tuple[list[Path], Tensor]:
-        classes = [sorted(_images_in(self.root / split / name)) for name in self.class_names]
+        classes = [sorted(images_in(self.root / split / name)) for name in self.class_names]
         files = [file for images in classes for file in images]
         return files, torch.arange(self.num_classes).repeat_interleave(
             torch.tensor([len(images) for images in classes])
@@ -608,97 +603,17 @@ class ImageFolder(ImageData):
             if self._has(split) and (theirs := class_folders(self.root / split)) != names:
                 only = {train: set(names) - set(theirs), self.root / split: set(theirs) - set(names)}
                 told = " and ".join(
-                    f"only {place} has {_first(sorted(extra))}" for place, extra in only.items() if extra
+                    f"only {place} has {some_of(sorted(extra))}" for place, extra in only.items() if extra
                 )
                 raise ValueError(
                     f"{self.root / split} and {train} must have the same class folders, but {told}; add or remove these"
                 )
         for split in filter(self._has, SPLITS):
-            if loose := sum(map(_is_image, (self.root / split).iterdir())):
+            if loose := sum(map(is_image, (self.root / split).iterdir())):
                 warnings.warn(f"{loose} images in {self.root / split} are in no class folder: left out", stacklevel=3)
         if not self._has("test"):
             rank_zero_info(f"{self.root} has no test folder: its validation images are its test images, too")
         return names
-
-
-def decode(file: Path, transform: ImageTransform) -> Tensor:
-    """Read one image file as uint8 (in_chans, input_size, input_size).
-
-    Raises:
-        ValueError: the file is no readable image.
-    """
-    try:
-        with Image.open(file) as image:
-            return transform.pixels(image)
-    # PIL raises whatever the broken bytes lead to.
-    except Exception as error:
-        raise ValueError(f"{file} is no readable image ({reason(error)}); remove or replace it") from error
-
-
-def decode_each(
-    files: Sequence[Path], transform: ImageTransform, keep: Callable[[int, np.ndarray], None]
-) -> dict[Path, str]:
-    """Hand each file's place and pixels to ``keep``, several at a time; return why the other files cannot be read."""
-
-    def decode_one(index: int) -> tuple[Path, str] | None:
-        try:
-            keep(index, decode(files[index], transform).numpy())
-        except ValueError as error:
-            return files[index], reason(error.__cause__)
-        return None
-
-    quiet = len(files) < WORTH_A_PROGRESS_BAR or not sys.stdout.isatty()
-    with ThreadPool() as pool:
-        results = pool.imap(decode_one, range(len(files)), chunksize=32)
-        results = track(results, "reading images", total=len(files), transient=True, disable=quiet)
-        return dict(result for result in results if result is not None)
-
-
-def sample_files(path: Path, count: int, transform: ImageTransform) -> Tensor:
-    """Return up to ``count`` images of a file or folder, evenly spaced over it, uint8 (N, in_chans, size, size).
-
-    Up to ``MOST_UNREADABLE`` that cannot be read are left out with a warning that names them.
-
-    Raises:
-        FileNotFoundError: no such file or folder.
-        ValueError: no image, none that can be read, or more than ``MOST_UNREADABLE`` that cannot.
-    """
-    files = find_images(path)
-    files = [files[place] for place in evenly_spaced(count, len(files))]
-    images = empty_images(len(files), transform)
-    broken = decode_each(files, transform, images.__setitem__)
-    if len(broken) > min(MOST_UNREADABLE, len(files) - 1):
-        raise ValueError(unreadable(broken, len(files), most=MOST_UNREADABLE))
-    if broken:
-        warnings.warn(unreadable(broken, len(files), " and are left out"), stacklevel=2)
-    return torch.from_numpy(images[[file not in broken for file in files]])
-
-
-def evenly_spaced(count: int, length: int) -> list[int]:
-    """Return ``count`` places (all, if there are fewer) of ``length``: the middles of as many equal stretches."""
-    count = min(count, length)
-    return [(2 * place + 1) * length // (2 * count) for place in range(count)]
-
-
-def empty_images(count: int, transform: ImageTransform) -> np.ndarray:
-    """Return room for images as ``transform`` makes them, uint8 (count, in_chans, input_size, input_size)."""
-    # An array, for threads do not share torch's inference mode, and refuse to write to its tensors.
-    return np.empty((count, transform.in_chans, transform.input_size, transform.input_size), dtype=np.uint8)
-
-
-def unreadable(
-    reasons: Mapping[Path, str], count: int, then: str = "; remove or replace them", most: int | None = None
-) -> str:
-    """Say how many of ``count`` images cannot be read and what ``then``; of ``most`` (all by default), say why."""
-    lines = [f"{file}: {reason}" for file, reason in reasons.items()][:most]
-    if len(lines) < len(reasons):
-        lines.append(f"... and {len(reasons) - len(lines)} more")
-    return "\n  ".join([f"{len(reasons)} of {count} images cannot be read{then}:", *lines])
-
-
-def reason(error: BaseException) -> str:
-    """Return why an image cannot be read; PIL repeats the file's name where it does not know its kind."""
-    return "no image of a known kind" if isinstance(error, UnidentifiedImageError) else str(error)
 
 
 def stratified_split(labels: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -708,33 +623,17 @@ def stratified_split(labels: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(np.sort(rest)), torch.from_numpy(np.sort(chosen))
 
 
-def class_folders(folder: Path) -> list[str]:
-    """Return the sorted names of the class folders in a split's folder.
-
-    Raises:
-        ValueError: a class folder holds no image.
-    """
-    names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-    if empty := [name for name in names if next(_images_in(folder / name), None) is None]:
-        raise ValueError(f"no image in the class folders {_first(empty)} of {folder}; add images or remove the folders")
-    return names
-
-
-def find_images(path: Path) -> list[Path]:
-    """Return ``path`` itself if it is a file, else the sorted images in that folder and the folders in it.
-
-    Raises:
-        FileNotFoundError: no such file or folder.
-        ValueError: a folder without images.
-    """
-    if path.is_file():
-        return [path]
-    if not path.is_dir():
-        raise FileNotFoundError(f"no image file or folder {path}; check the path")
-    files = sorted(_images_in(path))
-    if not files:
-        raise ValueError(f"no image in {path}; images end in {', '.join(IMG_EXTENSIONS)}")
-    return files
+@contextlib.contextmanager
+def first_alone(trainer: L.Trainer | None) -> Iterator[None]:
+    """Let the first process of each machine go through alone, and then, whether it failed or not, all others."""
+    several = trainer is not None and trainer.world_size > 1
+    if several and trainer.local_rank:
+        trainer.strategy.barrier()
+    try:
+        yield
+    finally:
+        if several and not trainer.local_rank:
+            trainer.strategy.barrier()
 
 
 def build_data(name: str, **arguments: Any) -> ImageData:
@@ -749,24 +648,6 @@ def build_data(name: str, **arguments: Any) -> ImageData:
 def given_arguments(hparams: Mapping[str, Any]) -> dict[str, Any]:
     """Return hyperparameters without those that Lightning adds for itself."""
     return {name: value for name, value in hparams.items() if not name.startswith("_")}
-
-
-def _images_in(folder: Path) -> Iterator[Path]:
-    """Yield the images in a folder and the folders in it."""
-    return (file for file in folder.rglob("*") if _is_image(file) and not _is_hidden(file.relative_to(folder)))
-
-
-def _is_image(file: Path) -> bool:
-    # Copying from a Mac leaves "._name.jpg" beside "name.jpg".
-    return file.suffix.lower() in IMG_EXTENSIONS and not file.name.startswith(".") and file.is_file()
-
-
-def _is_hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
-
-
-def _first(names: list[str]) -> str:
-    return ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
 
 
 def _as_it_is(batch: Any) -> Any:

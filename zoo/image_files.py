@@ -1,0 +1,179 @@
+"""Image files: which there are, how they are decoded, and what is wrong with those that cannot be."""
+
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from multiprocessing.pool import ThreadPool
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from rich.progress import track
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from zoo.transforms import ImageTransform
+
+# Of a split, so many files that are no readable images are put up with unless told otherwise.
+MOST_UNREADABLE = 10
+# Decoding fewer images than this is over before a progress bar is read.
+WORTH_A_PROGRESS_BAR = 2000
+
+
+class DiskImages(Dataset):
+    """Images read from files, batch by batch, as the same tensors that ``MemoryImages`` gives.
+
+    Raises:
+        ValueError: from a batch with a file that is no readable image.
+    """
+
+    in_memory = False
+
+    def __init__(self, files: Sequence[Path], labels: Tensor, transform: ImageTransform) -> None:
+        self.files = files
+        self.labels = labels
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
+        return torch.stack([decode(self.files[index], self.transform) for index in indices]), self.labels[indices]
+
+
+def find_images(path: Path) -> list[Path]:
+    """Return ``path`` itself if it is a file, else the sorted images in that folder and the folders in it.
+
+    Raises:
+        FileNotFoundError: no such file or folder.
+        ValueError: a folder without images.
+    """
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise FileNotFoundError(f"no image file or folder {path}; check the path")
+    files = sorted(images_in(path))
+    if not files:
+        raise ValueError(f"no image in {path}; images end in {', '.join(IMG_EXTENSIONS)}")
+    return files
+
+
+def class_folders(folder: Path) -> list[str]:
+    """Return the sorted names of the class folders in a split's folder.
+
+    Raises:
+        ValueError: a class folder holds no image.
+    """
+    names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    if empty := [name for name in names if next(images_in(folder / name), None) is None]:
+        raise ValueError(
+            f"no image in the class folders {some_of(empty)} of {folder}; add images or remove the folders"
+        )
+    return names
+
+
+def decode(file: Path, transform: ImageTransform) -> Tensor:
+    """Read one image file as uint8 (in_chans, input_size, input_size).
+
+    Raises:
+        ValueError: the file is no readable image.
+    """
+    try:
+        if not file.stat().st_size:
+            raise ValueError("the file is empty")
+        with Image.open(file) as image:
+            if image.width * image.height > Image.MAX_IMAGE_PIXELS:
+                raise ValueError(
+                    f"{image.width}×{image.height} pixels are more than {Image.MAX_IMAGE_PIXELS:,}: a decompression "
+                    "bomb, or an image to be scaled down"
+                )
+            return transform.pixels(image)
+    # PIL raises whatever the broken bytes lead to.
+    except Exception as error:
+        raise ValueError(f"{file} is no readable image ({reason(error)}); remove or replace it") from error
+
+
+def decode_each(
+    files: Sequence[Path], transform: ImageTransform, keep: Callable[[int, np.ndarray], None]
+) -> dict[Path, str]:
+    """Hand each file's place and pixels to ``keep``, several at a time; return why the other files cannot be read."""
+
+    def decode_one(index: int) -> tuple[Path, str] | None:
+        try:
+            keep(index, decode(files[index], transform).numpy())
+        except ValueError as error:
+            return files[index], reason(error.__cause__)
+        return None
+
+    quiet = len(files) < WORTH_A_PROGRESS_BAR or not sys.stdout.isatty()
+    with ThreadPool() as pool:
+        results = pool.imap(decode_one, range(len(files)), chunksize=32)
+        results = track(results, "reading images", total=len(files), transient=True, disable=quiet)
+        return dict(result for result in results if result is not None)
+
+
+def sample_files(path: Path, count: int, transform: ImageTransform) -> Tensor:
+    """Return up to ``count`` images of a file or folder, evenly spaced over it, uint8 (N, in_chans, size, size).
+
+    Up to ``MOST_UNREADABLE`` that cannot be read are left out with a warning that names them.
+
+    Raises:
+        FileNotFoundError: no such file or folder.
+        ValueError: no image, none that can be read, or more than ``MOST_UNREADABLE`` that cannot.
+    """
+    files = find_images(path)
+    files = [files[place] for place in evenly_spaced(count, len(files))]
+    images = empty_images(len(files), transform)
+    broken = decode_each(files, transform, images.__setitem__)
+    if len(broken) > min(MOST_UNREADABLE, len(files) - 1):
+        raise ValueError(unreadable(broken, len(files), most=MOST_UNREADABLE))
+    if broken:
+        warnings.warn(unreadable(broken, len(files), " and are left out"), stacklevel=2)
+    return torch.from_numpy(images[[file not in broken for file in files]])
+
+
+def evenly_spaced(count: int, length: int) -> list[int]:
+    """Return ``count`` places (all, if there are fewer) of ``length``: the middles of as many equal stretches."""
+    count = min(count, length)
+    return [(2 * place + 1) * length // (2 * count) for place in range(count)]
+
+
+def empty_images(count: int, transform: ImageTransform) -> np.ndarray:
+    """Return room for images as ``transform`` makes them, uint8 (count, in_chans, input_size, input_size)."""
+    # An array, for threads do not share torch's inference mode, and refuse to write to its tensors.
+    return np.empty((count, transform.in_chans, transform.input_size, transform.input_size), dtype=np.uint8)
+
+
+def unreadable(
+    reasons: Mapping[Path, str], count: int, then: str = "; remove or replace them", most: int | None = None
+) -> str:
+    """Say how many of ``count`` images cannot be read and what ``then``; of ``most`` (all by default), say why."""
+    lines = [f"{file}: {reason}" for file, reason in reasons.items()][:most]
+    if len(lines) < len(reasons):
+        lines.append(f"... and {len(reasons) - len(lines)} more")
+    return "\n  ".join([f"{len(reasons)} of {count} images cannot be read{then}:", *lines])
+
+
+def reason(error: BaseException) -> str:
+    """Return why an image cannot be read; PIL repeats the file's name where it does not know its kind."""
+    return "no image of a known kind" if isinstance(error, UnidentifiedImageError) else str(error)
+
+
+def images_in(folder: Path) -> Iterator[Path]:
+    """Yield the images in a folder and the folders in it."""
+    return (file for file in folder.rglob("*") if is_image(file) and not _is_hidden(file.relative_to(folder)))
+
+
+def is_image(file: Path) -> bool:
+    # Copying from a Mac leaves "._name.jpg" beside "name.jpg".
+    return file.suffix.lower() in IMG_EXTENSIONS and not file.name.startswith(".") and file.is_file()
+
+
+def _is_hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
+
+
+def some_of(names: list[str]) -> str:
+    return ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
