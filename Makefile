@@ -21,13 +21,13 @@ demo: setup  ## Train, test, export, load and use a decoupled CNN on real digits
 	$(RUN) -m zoo demo outputs/demo/$(DEMO) --output outputs/demo.png
 
 test: setup lint  ## Run all tests but the slow sweeps.
-	$(RUN) -m pytest -m "not slow" --durations=10
+	$(RUN) -m pytest -m "not slow" --numprocesses auto --dist loadfile --durations 10
 
 floors: setup  ## Run the tests with every dependency at the lowest version that pyproject.toml allows.
 	$(RUN) -m pip install --quiet --disable-pip-version-check uv
 	$(VENV)/bin/uv venv --quiet --clear --python $(RUN) $(VENV)-floors
 	$(VENV)/bin/uv pip install --quiet --python $(VENV)-floors/bin/python --resolution lowest-direct --editable '.[dev]'
-	$(VENV)-floors/bin/python -m pytest -m "not slow"
+	$(VENV)-floors/bin/python -m pytest -m "not slow" --numprocesses auto --dist loadfile
 
 lint: setup
 	$(RUN) -m ruff check .
