@@ -103,6 +103,16 @@ def test_every_recipe_is_understood(run, recipe):
         assert understood["data"]["init_args"][setting] == value
 
 
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_the_recipes_for_many_gpus_are_understood(run, strategy):
+    files = [f"--config={ROOT / 'configs/scaling' / name}.yaml" for name in ("imagenet", strategy)]
+    status, printed, errors = run("fit", *files, "--trainer.num_nodes=4", "--print_config")
+    assert status == 0, errors
+    settings = yaml.safe_load(printed)
+    assert settings["trainer"]["devices"] == 8 and settings["model"]["architecture"] == "resnet18"
+    assert settings["last"]["every_n_steps"] == 500 and settings["trainer"]["precision"] == "bf16-mixed"
+
+
 def test_every_embedded_checkpoint_has_its_recipe():
     assert set(zoo.list_checkpoints()) <= {path.stem for path in RECIPES}
 

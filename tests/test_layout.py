@@ -1,6 +1,7 @@
 """Imports run downward only, ``operators`` is light, and loading a model never imports lightning."""
 
 import ast
+import re
 import subprocess
 import sys
 import tomllib
@@ -137,3 +138,17 @@ def test_nothing_of_this_machine_is_committed():
         pytest.skip("not a git checkout")
     too_large = [name for name in files if (ROOT / name).is_file() and (ROOT / name).stat().st_size > 4 * 2**20]
     assert too_large == []
+
+
+@pytest.mark.parametrize("page", ["checkpoints", "training"])
+def test_every_test_that_a_page_names_exists(page):
+    text = (ROOT / f"docs/{page}.md").read_text(encoding="utf-8")
+    files = dict(reversed(pair) for pair in re.findall(r"`(tests/\w+\.py)` \((\w)\)", text))
+    # A row names the letter of a file, and then tests in it.
+    named, letter = [], None
+    for new, test in re.findall(r"(?:\b(\w): )?`(test_\w+)`", text):
+        letter = new or letter
+        named.append((letter, test))
+    assert len(named) > 15
+    for letter, test in named:
+        assert f"\ndef {test}(" in (ROOT / files[letter]).read_text(encoding="utf-8"), (letter, test)
