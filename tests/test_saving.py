@@ -72,10 +72,10 @@ def fit(folder, data, *callbacks, ckpt_path=None, **arguments):
     settings = arguments.pop("settings", {"operator": LEARNED})
     L.seed_everything(0, verbose=False)
     classifier = Classifier(**settings)
-    arguments = {"max_epochs": EPOCHS, "limit_train_batches": BATCHES, "plugins": SafeCheckpointIO()} | arguments
+    defaults = {"max_epochs": EPOCHS, "limit_train_batches": BATCHES, "plugins": SafeCheckpointIO(), "devices": 1}
+    arguments = {"accelerator": "cpu", **defaults, **arguments}
     best = L.pytorch.callbacks.ModelCheckpoint(folder, filename="best", monitor="val_accuracy", mode="max")
     trainer = L.Trainer(
-        accelerator="cpu",
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -135,6 +135,17 @@ def test_a_run_on_images_from_disk_goes_on_to_the_bit(workers, augment, folder, 
     whole = digest(fit(tmp_path / "whole", data(0, limit=2048)))
     assert stopped(tmp_path / "run", data(workers), 1, 2) == 128 + signal.SIGTERM
     assert digest(fit(tmp_path / "run", data(2 - workers), ckpt_path=tmp_path / "run/last.ckpt")) == whole
+
+
+@resumes
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed"])
+def test_a_run_on_a_gpu_goes_on_to_the_bit(precision, tmp_path):
+    settings = {"accelerator": "gpu", "deterministic": True, "precision": precision}
+    whole = digest(fit(tmp_path / "whole", Digits(batch_size=16), **settings))
+    assert stopped(tmp_path / "run", Digits(batch_size=16), 1, 2, **settings) == 128 + signal.SIGTERM
+    resumed = fit(tmp_path / "run", Digits(batch_size=16), ckpt_path=tmp_path / "run/last.ckpt", **settings)
+    assert digest(resumed) == whole
 
 
 @resumes
