@@ -186,7 +186,7 @@ def test_a_recipe_that_fails_is_told_and_the_next_one_is_trained(why, here, caps
         expected = "failed (FileNotFoundError): no complete MNIST under"
     else:
         only, wrong = "digits_cnn6_*", "digits_cnn6_conv"
-        expected = "failed (FloatingPointError): training stopped at step 0 (epoch 1, batch 1) before it changed the weights: the gradient of"
+        expected = "failed (FloatingPointError): training stopped at step 0 (epoch 1, batch 1) before it changed"
         training_step = Classifier.training_step
 
         def broken(self, *arguments):

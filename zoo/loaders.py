@@ -1,6 +1,7 @@
 """Images in memory, and batches of images in memory or on disk, of which each process has its share."""
 
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -140,9 +141,11 @@ class Loader:
         if self.reader is not None:
             yield from self.reader
             return
-        place = self.dataset.images.device
-        for indices in self.sampler:
-            yield self.dataset.choose(torch.tensor(indices).to(place))
+        batches = list(self.sampler)
+        # The whole order at once, for a device has to be waited for at each copy.
+        order = torch.tensor(list(chain(*batches)), dtype=torch.int64, device=self.dataset.images.device)
+        for indices in order.split(list(map(len, batches))):
+            yield self.dataset.choose(indices)
 
 
 class TrainingLoader(Loader):
