@@ -397,6 +397,9 @@ def test_steps_that_float16_skips_are_counted_and_end_a_training_that_stands_sti
     for gradient in (1.0, float("inf"), float("nan"), 1.0):
         step(gradient)
     assert logged == [0, 1, 2, 2] and weight.item() == pytest.approx(0.8)
+    # A batch whose gradients are only accumulated is no step.
+    counter.on_train_batch_end(trainer, module)
+    assert logged == [0, 1, 2, 2]
     resumed = SkippedSteps()
     resumed.load_state_dict(counter.state_dict())
     assert (resumed.skipped, resumed.scale) == (2, scaler.get_scale())

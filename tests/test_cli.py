@@ -131,6 +131,18 @@ def test_a_checkpoint_stands_for_its_own_settings(run):
     assert {file.name for file in path.parent.iterdir()} == {"best.ckpt", "last.ckpt", "previous.ckpt"}
 
 
+def test_a_run_goes_on_with_its_own_seed(run):
+    path = fit(run, "--seed_everything=7", "--trainer.max_epochs=2")
+    status, _, errors = run("fit", *SHORT[2:], "--ckpt_path", path, "--trainer.max_epochs=3")
+    assert status == 0, errors
+    assert torch.load(path, weights_only=True)["decoupled_zoo"]["training"]["seed"] == 7
+
+
+def test_no_batch_a_step_is_refused(run):
+    status, _, errors = run("fit", *SHORT, "--trainer.accumulate_grad_batches=0")
+    assert status == 1 and "--trainer.accumulate_grad_batches must be at least 1, got 0" in errors
+
+
 def test_a_run_goes_on_to_its_own_last_epoch(run):
     path = fit(run, "--trainer.max_epochs=2")
     status, _, errors = run("fit", *SHORT[2:], "--ckpt_path", path)
@@ -187,7 +199,7 @@ def test_a_folder_with_another_run_is_left_alone(run):
     path = fit(run)
     before = path.read_bytes()
     status, _, errors = run("fit", *SHORT, "--checkpoint.dirpath", "run", "--model.warmup=0.2")
-    assert status == 1 and "run/last.ckpt is another run's: go on with it (--ckpt_path run/last.ckpt), or" in errors
+    assert status == 1 and "run/last.ckpt is another run's, begun by: python train.py fit " in errors
     assert path.read_bytes() == before
 
 

@@ -89,7 +89,7 @@ def test_a_loader_goes_on_where_its_state_was(images, workers):
         for _ in range(done):
             next(batches)
         state = stopped.state_dict()
-        assert state == {"epoch": epoch, "batches": done}
+        assert state == {"epoch": epoch, "batches": done, "images_a_batch": 4}
         resumed.load_state_dict(state)
         # Lightning makes the iterator before it tells the epoch.
         batches = iter(resumed)
@@ -100,9 +100,21 @@ def test_a_loader_goes_on_where_its_state_was(images, workers):
             assert [(*map(torch.Tensor.tolist, batch),) for batch in resumed] == epochs[epoch + 1]
 
 
+def test_an_epoch_is_not_gone_on_with_in_other_batches():
+    loader = make_loader(64, 4)
+    batches = iter(loader)
+    next(batches)
+    state = loader.state_dict()
+    make_loader(64, 2, processes=2).load_state_dict(state)
+    for other in (make_loader(64, 8), make_loader(64, 4, processes=2)):
+        with pytest.raises(ValueError, match="begun with 4 images a batch of all processes together, and has 8 now"):
+            other.load_state_dict(state)
+        other.load_state_dict({**state, "batches": 0})
+
+
 def test_a_state_is_of_its_own_epoch_alone():
     loader, fresh = make_loader(10, 3), make_loader(10, 3)
-    loader.load_state_dict({"epoch": 0, "batches": 4})
+    loader.load_state_dict({"epoch": 0, "batches": 2, "images_a_batch": 3})
     loader.sampler.set_epoch(1)
     fresh.sampler.set_epoch(1)
     assert labels_of(loader) == labels_of(fresh)

@@ -32,6 +32,7 @@ SETTINGS = {
     "dropout": {"architecture": "efficientnet_b0", "architecture_args": {"drop_rate": 0.2, "drop_path_rate": 0.1}},
     "mixup": {"operator": "conv", "mixup": 0.4, "optimizer": "sgd"},
     "averaged": {"operator": LEARNED, "ema": 0.9},
+    "frozen": {"init_from": "digits_cnn6_tanh_cosine", "freeze_epochs": 2},
     "attacked": {"operator": "ball_cosine", "adversarial": AdversarialTraining(eps=0.1, steps=2)},
 }
 
@@ -291,10 +292,13 @@ def test_a_run_goes_on_with_the_checkpoint_before_a_damaged_one(damage, tmp_path
     with pytest.warns(UserWarning, match=r"last\.ckpt.*; going on with the one before it, .*previous\.ckpt"):
         path = usable_checkpoint(last)
     assert read_lightning_checkpoint(path)["global_step"] == (EPOCHS - 1) * BATCHES
+    before = Path(path).read_bytes()
     assert digest(fit(tmp_path, Digits(batch_size=16), ckpt_path=path)) == whole
+    # What was damaged has not taken the place of what was sound.
+    assert (tmp_path / "previous.ckpt").read_bytes() == before
     (tmp_path / "previous.ckpt").unlink()
     last.write_bytes(b"")
-    with pytest.raises(ValueError, match="it is damaged, or another kind of file; use an earlier checkpoint"):
+    with pytest.raises(ValueError, match="it is damaged, or another kind of file; use another checkpoint"):
         usable_checkpoint(last)
 
 

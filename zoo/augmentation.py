@@ -1,7 +1,6 @@
 """Random changes of training images, batch by batch and on the device where they lie.
 
-What is drawn for an image follows from its key (see ``zoo.randomness``), on the CPU, so that all devices change it
-alike and none has to be waited for.
+What is drawn for an image follows from its key (see ``zoo.randomness``), so that all devices change it alike.
 """
 
 import math
@@ -38,17 +37,17 @@ def random_shift(images: Tensor, padding: int, draws: Tensor) -> Tensor:
     Args:
         images: (N, C, H, W), any dtype.
         padding: the furthest move, in pixels.
-        draws: for each image two numbers in [0, 1), (N, 2), on the CPU.
+        draws: for each image two numbers in [0, 1), (N, 2), on its device.
     """
     count, _, height, width = images.shape
     windows = F.pad(images, [padding] * 4).unfold(2, height, 1).unfold(3, width, 1)
-    top, left = _whole(draws, 2 * padding + 1).to(images.device).T
+    top, left = _whole(draws, 2 * padding + 1).T
     return windows[torch.arange(count, device=images.device), :, top, left]
 
 
 def random_flip(images: Tensor, draws: Tensor) -> Tensor:
-    """Mirror each image (N, C, H, W) left to right if its draw, (N,) in [0, 1) on the CPU, is below 1/2."""
-    flipped = (draws < 0.5).view(-1, 1, 1, 1).to(images.device)
+    """Mirror each image (N, C, H, W) left to right if its draw, (N,) in [0, 1), is below 1/2."""
+    flipped = (draws < 0.5).view(-1, 1, 1, 1)
     return torch.where(flipped, images.flip(3), images)
 
 
@@ -58,13 +57,13 @@ def random_cutout(images: Tensor, size: int, draws: Tensor) -> Tensor:
     Args:
         images: (N, C, H, W), any dtype.
         size: the square's height and width, in pixels.
-        draws: for each image two numbers in [0, 1), (N, 2), on the CPU.
+        draws: for each image two numbers in [0, 1), (N, 2), on its device.
 
     Source: DeVries and Taylor, Improved Regularization of Convolutional Neural Networks with Cutout, 2017.
     """
     inside = []
     for length, column in zip(images.shape[2:], draws.T, strict=True):
-        start = _whole(column, length).to(images.device).unsqueeze(1) - size // 2
+        start = _whole(column, length).unsqueeze(1) - size // 2
         places = torch.arange(length, device=images.device)
         inside.append((places >= start) & (places < start + size))
     rows, columns = inside
@@ -116,7 +115,12 @@ def augment_batch(images: Tensor, augment: Augment, size: int, keys: Tensor) -> 
         return images
     draws = uniform(keys, DRAWS)
     if augment == "resized_crop_flip":
-        return random_flip(random_resized_crop(images, size, draws[:, :-1]), draws[:, -1])
+        # Rectangles are cut out one by one, as the CPU says.
+        images = random_resized_crop(images, size, draws[:, :-1])
+    # A copy for which the device need not be waited for, if the memory is pinned.
+    draws = (draws.pin_memory() if images.is_cuda else draws).to(images.device, non_blocking=True)
+    if augment == "resized_crop_flip":
+        return random_flip(images, draws[:, -1])
     images = random_shift(images, size // 8, draws[:, :2])
     if augment != "crop":
         images = random_flip(images, draws[:, -1])

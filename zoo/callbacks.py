@@ -86,6 +86,12 @@ class MovingAverage(WeightAveraging):
             settings = {"device": module.device, "use_buffers": self._use_buffers, **self._kwargs}
             self._average_model = AveragedModel(module, **settings)
 
+    def on_load_checkpoint(self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(trainer, module, checkpoint)
+        if self._average_model is not None:
+            # The normalisation is in no state dict.
+            self._average_model.module.model.normalise_as(module.model.spec)
+
 
 def _averaged(decay: float, average: Tensor, current: Tensor, steps: Tensor) -> Tensor:
     # Counts, such as BatchNorm's of batches, are no quantities to be averaged.

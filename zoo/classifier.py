@@ -32,7 +32,7 @@ from zoo.checkpoints import CONFIG, list_checkpoints
 from zoo.data import ImageData, first_alone, given_arguments
 from zoo.guard import SkippedSteps, explanation
 from zoo.models import PLAIN, ImageModel, ModelSpec, build
-from zoo.randomness import key_of
+from zoo.randomness import seed_of
 from zoo.saving import LAST, PREVIOUS, damage_of
 from zoo.sources import convert, licence_of, start_from
 
@@ -184,13 +184,23 @@ class Classifier(L.LightningModule):
         (``ModelParallelStrategy``, FSDP2: Zhao et al., PyTorch FSDP, 2023).
 
         Raises:
-            ValueError: for FSDP with ``compile`` or ``ema``.
+            ValueError: a setting that cannot be had with sharded weights.
         """
         if self._trainer is None or not isinstance(self.trainer.strategy, ModelParallelStrategy):
             return
-        if self.hparams.compile or self.hparams.ema:
+        refused = [name for name in ("compile", "ema", "orthogonality") if self.hparams[name]]
+        if refused:
             raise ValueError(
-                "a network whose weights are sharded is neither compiled nor averaged: leave out compile and ema"
+                f"a network whose weights are sharded can have no {' and no '.join(refused)}; leave it out"
+            )
+        if self.device_mesh["data_parallel"].size() != self.trainer.world_size:
+            raise ValueError(
+                "the network is not divided among tensor-parallel processes: set --trainer.strategy.data_parallel_size "
+                f"to the number of all processes, {self.trainer.world_size}, and tensor_parallel_size to 1"
+            )
+        if self.trainer.strategy._save_distributed_checkpoint:
+            raise ValueError(
+                "a checkpoint is one file with the whole network: --trainer.strategy.save_distributed_checkpoint false"
             )
         # It takes no filters with the channels last, and no single numbers, such as a learned radius, which stay whole.
         self.model.to(memory_format=torch.contiguous_format)
@@ -202,7 +212,7 @@ class Classifier(L.LightningModule):
 
     def on_train_batch_start(self, batch: tuple[Tensor, Tensor], batch_index: int) -> None:
         # What a step draws follows from its place, so that a run that goes on draws the same; and so does each process.
-        torch.manual_seed(int(key_of(self._seed, self.current_epoch, batch_index, self.global_rank)))
+        torch.manual_seed(seed_of(self._seed, self.current_epoch, batch_index, self.global_rank))
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> Tensor:
         images, labels = self.mix(*batch) if self.hparams.mixup else batch
@@ -215,6 +225,12 @@ class Classifier(L.LightningModule):
         if self.hparams.orthogonality:
             loss = loss + self.hparams.orthogonality * orthogonality_penalty(self.model)
         return loss
+
+    def on_validation_start(self) -> None:
+        # As DDP does in each step: BatchNorm's statistics are those of the first process.
+        if isinstance(self.trainer.strategy, ModelParallelStrategy):
+            for buffer in self.model.buffers():
+                torch.distributed.broadcast(buffer, 0)
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> None:
         self._evaluate(batch, "val")
@@ -271,6 +287,9 @@ class Classifier(L.LightningModule):
         # Lightning has made the loader for the schedule's sake, before it read the checkpoint (2.6).
         for state in self.loader_states:
             self.trainer.train_dataloader.load_state_dict(state)
+        self.loader_states = []
+        # A run that goes on within an epoch does not begin it.
+        self._freeze()
         if 0 < self.trainer.max_epochs <= self.hparams.freeze_epochs:
             rank_zero_info(
                 f"only the classifier is trained: freeze_epochs is {self.hparams.freeze_epochs}, max_epochs "
@@ -278,6 +297,10 @@ class Classifier(L.LightningModule):
             )
 
     def on_train_epoch_start(self) -> None:
+        self._freeze()
+
+    def _freeze(self) -> None:
+        """Let the backbone rest or train, as the epoch wants it."""
         if not self.hparams.freeze_epochs:
             return
         # BatchNorm's statistics are frozen, too.
@@ -354,9 +377,10 @@ class Classifier(L.LightningModule):
             # The time that --trainer.max_time gives is that of each call.
             checkpoint["callbacks"].pop("Timer", None)
             self.source = record.get("source")
-        # The checkpoint's normalisation is part of its spec and not among its weights.
-        if self.model is None or spec != self.model.spec:
+        if self.model is None or dataclasses.replace(self.model.spec, mean=spec.mean, std=spec.std) != spec:
             self._set_model(spec.build())
+        # The checkpoint's normalisation is part of its spec and not among its weights.
+        self.model.normalise_as(spec)
         if stage == "predict" and self._trainer:
             self._announce()
 
@@ -472,8 +496,9 @@ def blocks(model: nn.Module) -> list[nn.Module]:
     """Return the parts of a network's sequences that have weights: the units in which they are sharded."""
     sequences = [module for module in model.modules() if isinstance(module, nn.Sequential | nn.ModuleList)]
     parts = [part for sequence in sequences for part in sequence if any(True for _ in part.parameters())]
+    parts = [part for part in dict.fromkeys(parts) if not isinstance(part, nn.Sequential | nn.ModuleList)]
     inner = {module for part in parts for module in part.modules() if module is not part}
-    return [part for part in dict.fromkeys(parts) if part not in inner and not isinstance(part, nn.Sequential)]
+    return [part for part in parts if part not in inner]
 
 
 def learning_rate_factor(progress: float, schedule: str, warmup: float) -> float:
@@ -515,7 +540,7 @@ def read_lightning_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     except (RuntimeError, EOFError, KeyError, OSError, pickle.UnpicklingError) as error:
         raise ValueError(
             f"{path} cannot be read as a Lightning checkpoint ({type(error).__name__}: {error}): it is damaged, or "
-            "another kind of file; use an earlier checkpoint of the run"
+            "another kind of file; use another checkpoint of the run (best.ckpt), or begin it again in another folder"
         ) from error
     read_record(checkpoint, path)
     return checkpoint
@@ -544,8 +569,8 @@ def usable_checkpoint(path: str | os.PathLike[str]) -> str:
 def _meant_instead(path: Path) -> str:
     if str(path) in list_checkpoints() or (path / CONFIG).is_file():
         return f"it is a checkpoint of the zoo: fit and predict take it as --model.init_from {path}, not as --ckpt_path"
-    if (path / "last.ckpt").is_file():
-        return f"it is a folder: name the file in it, {path / 'last.ckpt'}"
+    if (path / LAST).is_file():
+        return f"it is a folder: name the file in it, {path / LAST}"
     return "train.py fit writes best.ckpt and last.ckpt"
 
 

@@ -139,7 +139,8 @@ class ZooCLI(LightningCLI):
         if self.trainer.global_step == self.model.resumed_step:
             rank_zero_info(
                 f"nothing was trained: {self.config.fit.ckpt_path} is of a run that had ended, after "
-                f"{self.trainer.current_epoch} epochs; to train on, give it more (--trainer.max_epochs)"
+                f"{self.trainer.current_epoch} epochs; to train on, give it more: --ckpt_path "
+                f"{self.config.fit.ckpt_path} --trainer.max_epochs N"
             )
         checkpoint = self.trainer.checkpoint_callback
         if checkpoint.best_model_path:
@@ -160,11 +161,15 @@ class ZooCLI(LightningCLI):
         settings = self.config[self.subcommand]
         if self.subcommand == "fit" and not settings.ckpt_path and settings.checkpoint.dirpath:
             last = Path(settings.checkpoint.dirpath) / LAST
-            if last.exists():
+            if last.exists() or last.with_name(PREVIOUS).exists():
+                record = read_record(read_lightning_checkpoint(usable_checkpoint(last)))
                 raise FileExistsError(
-                    f"{last} is another run's: go on with it (--ckpt_path {last}), or choose another folder "
-                    "(--checkpoint.dirpath)"
+                    f"{last} is another run's, begun by: {record['training']['command']}; give that command to go on "
+                    f"with it, or --ckpt_path {last}, or choose another folder (--checkpoint.dirpath)"
                 )
+        accumulated = settings.get("trainer.accumulate_grad_batches", 1)
+        if accumulated < 1:
+            raise ValueError(f"--trainer.accumulate_grad_batches must be at least 1, got {accumulated}")
         if self.subcommand != "fit" and not settings.ckpt_path and not settings.model.init_from:
             raise ValueError(
                 f"{self.subcommand} needs a trained network: --ckpt_path outputs/.../best.ckpt (what fit wrote), or "
@@ -299,6 +304,9 @@ def checkpoint_settings(path: str, predicting: bool) -> list[str]:
     # Nothing but tensors and plain values is unpickled.
     settings = ["--weights_only", "true", "--model", json.dumps(model), "--checkpoint.dirpath", folder]
     settings += ["--trainer.max_epochs", json.dumps(record["trainer"]["max_epochs"])]
+    # What is drawn in the rest of the run follows from its seed.
+    if (seed := record["training"].get("seed", -1)) >= 0:
+        settings += ["--seed_everything", str(seed)]
     # Images to predict on are decoded as the network wants them, so the training images need not be there.
     if not predicting:
         kind = look_up(DATA, record["data"]["name"], "data set")

@@ -39,7 +39,7 @@ from zoo.image_files import (
     some_of,
     unreadable,
 )
-from zoo.loaders import Loader, MemoryImages, Share, TrainingLoader
+from zoo.loaders import Loader, MemoryImages, Share, TrainingLoader, as_it_is
 from zoo.preflight import examine
 from zoo.transforms import ImageTransform
 
@@ -168,7 +168,7 @@ class ImageData(L.LightningDataModule, abc.ABC):
             warnings.filterwarnings("ignore", message=".*does not have many workers")
         workers = 0 if images.in_memory else self.num_workers
         # Lightning tells the table of predictions which images a batch has, if the loader is torch's own.
-        return DataLoader(images, batch_size=self.batch_size, num_workers=workers, collate_fn=_as_it_is)
+        return DataLoader(images, batch_size=self.batch_size, num_workers=workers, collate_fn=as_it_is)
 
     def transfer_batch_to_device(self, batch: tuple[Tensor, ...], device: torch.device, dataloader_idx: int) -> Any:
         # Keys stay on the CPU, where what follows from them is drawn.
@@ -194,7 +194,7 @@ class ImageData(L.LightningDataModule, abc.ABC):
         if split not in SPLITS:
             raise ValueError(unknown_name("split", split, SPLITS))
         self.prepare_data()
-        for images, labels in DataLoader(self.split(split), self.batch_size, collate_fn=_as_it_is):
+        for images, labels in DataLoader(self.split(split), self.batch_size, collate_fn=as_it_is):
             yield self._as_evaluated(images), labels
 
     def sample(self, count: int) -> Tensor:
@@ -648,10 +648,6 @@ def build_data(name: str, **arguments: Any) -> ImageData:
 def given_arguments(hparams: Mapping[str, Any]) -> dict[str, Any]:
     """Return hyperparameters without those that Lightning adds for itself."""
     return {name: value for name, value in hparams.items() if not name.startswith("_")}
-
-
-def _as_it_is(batch: Any) -> Any:
-    return batch
 
 
 DATA = {"Digits": Digits, "MNIST": MNIST, "CIFAR10": CIFAR10, "CIFAR100": CIFAR100, "ImageFolder": ImageFolder}

@@ -1,7 +1,7 @@
 """What is told, and done, when a training's numbers are not finite."""
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import lightning as L
@@ -17,7 +17,7 @@ MOST_SKIPPED = 25
 
 
 def first_bad_layer(
-    model: nn.Module, images: Tensor, precision: Callable[[], AbstractContextManager] = torch.no_grad
+    model: nn.Module, images: Tensor, precision: Callable[[], AbstractContextManager] = nullcontext
 ) -> str | None:
     """Return the name of the first layer whose output for a batch is not finite; None if all outputs are.
 
@@ -64,7 +64,10 @@ def explanation(module: L.LightningModule, images: Tensor, gradients: dict[str, 
         where = f"the gradient of {bad_gradients[-1]}"
     else:
         where = "the loss or the gradient's norm"
-    cures = ["lower --model.learning_rate", "limit the gradient (--trainer.gradient_clip_val 1)"]
+    cures = [
+        f"lower --model.learning_rate ({module.hparams.learning_rate:g})",
+        "limit the gradient (--trainer.gradient_clip_val 1)",
+    ]
     if "16" in str(module.trainer.precision):
         cures.insert(0, "train in --trainer.precision 32-true")
     advice = diagnose(model, [images]).advice() if decoupled_layers(model) else ()
@@ -79,10 +82,14 @@ class SkippedSteps(Callback):
     """
 
     def __init__(self) -> None:
-        self.skipped = self.in_a_row = 0
+        self.skipped = self.in_a_row = self.step = 0
         self.scale: float | None = None
 
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
+        # Batches whose gradients are still being accumulated say nothing.
+        if trainer.global_step == self.step:
+            return
+        self.step = trainer.global_step
         before, self.scale = self.scale, trainer.precision_plugin.scaler.get_scale()
         # It is halved where a step was skipped, and nowhere else.
         skipped = before is not None and self.scale < before
@@ -101,7 +108,7 @@ class SkippedSteps(Callback):
             rank_zero_info(f"float16: {self.skipped} of {trainer.global_step} steps were skipped so far")
 
     def state_dict(self) -> dict[str, Any]:
-        return {"skipped": self.skipped, "scale": self.scale}
+        return {"skipped": self.skipped, "in_a_row": self.in_a_row, "scale": self.scale}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.skipped, self.scale = state["skipped"], state["scale"]
+        self.skipped, self.in_a_row, self.scale = state["skipped"], state["in_a_row"], state["scale"]

@@ -127,7 +127,7 @@ class Loader:
                 batch_sampler=share,
                 num_workers=workers,
                 persistent_workers=workers > 0,
-                collate_fn=_as_it_is,
+                collate_fn=as_it_is,
             )
 
     def __len__(self) -> int:
@@ -160,6 +160,10 @@ class TrainingLoader(Loader):
         self.done = 0
         self.resumed: dict[int, int] = {}
 
+    @property
+    def _images_a_batch(self) -> int:
+        return self.batch_size * self.sampler.processes
+
     def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
         # Not before a batch is asked for: Lightning makes the iterator before it tells the epoch.
         share = self.sampler
@@ -173,9 +177,20 @@ class TrainingLoader(Loader):
         self.done = 0
 
     def state_dict(self) -> dict[str, int]:
-        return {"epoch": self.sampler.epoch, "batches": self.done}
+        return {"epoch": self.sampler.epoch, "batches": self.done, "images_a_batch": self._images_a_batch}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on where another loader was.
+
+        Raises:
+            ValueError: within an epoch, whose batches were of another size.
+        """
+        if 0 < state["batches"] < len(self) and state["images_a_batch"] != self._images_a_batch:
+            raise ValueError(
+                f"the epoch was begun with {state['images_a_batch']} images a batch of all processes together, and has "
+                f"{self._images_a_batch} now: go on with the same batch size and number of processes, or from the end "
+                "of an epoch"
+            )
         self.sampler.set_epoch(state["epoch"])
         self.resumed = {state["epoch"]: state["batches"]}
 
@@ -184,5 +199,5 @@ def _fits(images: Tensor, device: torch.device) -> bool:
     return device.type != "cuda" or images.nbytes <= LARGEST_SHARE * torch.cuda.mem_get_info(device)[0]
 
 
-def _as_it_is(batch: Any) -> Any:
+def as_it_is(batch: Any) -> Any:
     return batch

@@ -179,6 +179,12 @@ class ImageModel(nn.Module):
         self._check(images)
         return self.network((images.to(self.mean.dtype) - self.mean) / self.std)
 
+    def normalise_as(self, spec: ModelSpec) -> None:
+        """Take over the mean and the standard deviation of another spec."""
+        self.spec = dataclasses.replace(self.spec, mean=spec.mean, std=spec.std)
+        for buffer, values in ((self.mean, spec.mean), (self.std, spec.std)):
+            buffer.copy_(torch.tensor(values).view(-1, 1, 1))
+
     def set_input_size(self, input_size: int) -> None:
         """Take images of another size from now on.
 

@@ -11,29 +11,34 @@ from zoo.checkpoints import write_whole
 from zoo.image_files import decode_each
 from zoo.transforms import ImageTransform
 
+# So many files are opened before what was found is kept.
+AT_ONCE = 20_000
+
 
 def examine(files: Sequence[Path], transform: ImageTransform) -> dict[Path, str]:
-    """Return why files cannot be decoded; of a file of the same size and time as before, what was found then.
+    """Return why files cannot be decoded. One that could be is not opened again while its size and time are the same.
 
-    What is found is kept in ``decoupled_zoo`` in the user's folder of caches (``$XDG_CACHE_HOME``, else ``~/.cache``),
-    for each common folder of the files.
+    Which these are is kept in ``decoupled_zoo`` in the user's folder of caches (``$XDG_CACHE_HOME``, else
+    ``~/.cache``), for each common folder of the files. A file that cannot be read is tried each time: the reason may
+    have passed.
     """
     if not files:
         return {}
     record = _record(os.path.commonpath([file.absolute().parent for file in files]), transform)
-    known = _read(record)
-    stamps = {str(file.absolute()): _stamp(file) for file in files}
-    fresh = [file for file in files if known.get(str(file.absolute()), {}).get("stamp") != stamps[str(file.absolute())]]
-    broken = decode_each(fresh, transform, lambda *_: None)
-    for file in fresh:
-        known[str(file.absolute())] = {"stamp": stamps[str(file.absolute())], "reason": broken.get(file)}
-    if fresh:
+    sound = _read(record)
+    stamps = {file: _stamp(file) for file in files}
+    fresh = [file for file in files if sound.get(str(file.absolute())) != stamps[file]]
+    broken: dict[Path, str] = {}
+    for start in range(0, len(fresh), AT_ONCE):
+        part = fresh[start : start + AT_ONCE]
+        found = decode_each(part, transform, lambda *_: None)
+        broken |= found
+        sound |= {str(file.absolute()): stamps[file] for file in part if file not in found}
         # Where nothing can be kept, the next run opens the files again.
         with contextlib.suppress(OSError):
             record.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(record, json.dumps({name: known[name] for name in known if os.path.exists(name)}))
-    reasons = {file: known[str(file.absolute())]["reason"] for file in files}
-    return {file: reason for file, reason in reasons.items() if reason}
+            write_whole(record, json.dumps(sound))
+    return broken
 
 
 def _record(folder: str, transform: ImageTransform) -> Path:
@@ -43,7 +48,7 @@ def _record(folder: str, transform: ImageTransform) -> Path:
     return Path(caches) / "decoupled_zoo" / f"preflight_{name}.json"
 
 
-def _read(record: Path) -> dict[str, dict]:
+def _read(record: Path) -> dict[str, list[int]]:
     try:
         known = json.loads(record.read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -4,6 +4,8 @@ A key is a 64-bit integer (int64) hashed from whole numbers such as seed, epoch 
 they are the same in any batch, process and worker, and on any device.
 """
 
+import random
+
 import torch
 from torch import Tensor
 
@@ -22,14 +24,20 @@ def key_of(*parts: int | Tensor) -> Tensor:
     return key
 
 
+def seed_of(*parts: int) -> int:
+    """Return a seed of 63 bits for a generator that follows from whole numbers, in this order."""
+    # Seeded with a text, Python's generator is the same in all its releases.
+    return random.Random(repr(parts)).getrandbits(63)
+
+
 def generator_of(*parts: int) -> torch.Generator:
-    """Return a generator of the CPU that is seeded with the key of whole numbers."""
-    return torch.Generator().manual_seed(int(key_of(*parts)))
+    """Return a generator of the CPU that is seeded with what follows from whole numbers."""
+    return torch.Generator().manual_seed(seed_of(*parts))
 
 
 def uniform(keys: Tensor, count: int) -> Tensor:
     """Return ``count`` draws from [0, 1) for each of the keys (N,): float64 (N, count), multiples of 2⁻⁵³."""
-    bits = _scrambled(keys.unsqueeze(1) ^ _scrambled(torch.arange(1, count + 1)))
+    bits = _scrambled(keys.unsqueeze(1) ^ _scrambled(torch.arange(1, count + 1, device=keys.device)))
     return _shifted(bits, 11).double() * 2.0**-53
 
 

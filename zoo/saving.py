@@ -4,6 +4,7 @@ import os
 import shlex
 import signal
 import threading
+import warnings
 import zipfile
 from pathlib import Path
 from types import FrameType
@@ -70,8 +71,9 @@ class LastCheckpoint(Checkpoint):
             raise ValueError(f"every_n_steps must be at least 1, got {every_n_steps}")
         self.every_n_steps = every_n_steps
         self.received: int | None = None
-        # The optimiser's steps at the last save, and at the end of the last batch.
-        self.saved_step = self.seen_step = 0
+        # The optimiser's steps at the last save of this process, and at the end of the last batch.
+        self.saved_step: int | None = None
+        self.seen_step = 0
 
     def setup(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
         folder = self._folder(trainer)
@@ -81,7 +83,7 @@ class LastCheckpoint(Checkpoint):
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self.received = signal.SIGTERM if trainer.received_sigterm else None
-        self.saved_step = self.seen_step = trainer.global_step
+        self.saved_step, self.seen_step = None, trainer.global_step
         # Lightning puts back what was there before when the trainer is done.
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT):
@@ -93,10 +95,16 @@ class LastCheckpoint(Checkpoint):
             return
         self.seen_step = trainer.global_step
         told, last = self._is_told(trainer), trainer.is_last_batch
-        ends = trainer.should_stop or 0 < trainer.max_steps <= trainer.global_step
+        loop = trainer.fit_loop
+        ends = (trainer.should_stop and loop._can_stop_early) or 0 < trainer.max_steps <= trainer.global_step
         due = self.every_n_steps is not None and trainer.global_step % self.every_n_steps == 0
-        if told or due or (ends and not last):
+        if told or ((due or ends) and not last):
             self._save(trainer)
+        if ends and not last:
+            # Lightning would validate now, and what it finds would be in no checkpoint.
+            loop.epoch_loop._skip_next_val = True
+            warnings.filterwarnings("ignore", message=".*could not find the monitored key")
+            self._tell(trainer)
         # The end of an epoch follows its last batch at once, after the validation images.
         if told and not last:
             self._leave(trainer)
@@ -110,17 +118,7 @@ class LastCheckpoint(Checkpoint):
 
     def on_exception(self, trainer: L.Trainer, module: L.LightningModule, exception: BaseException) -> None:
         if trainer.state.fn == "fit" and isinstance(exception, KeyboardInterrupt | SystemExit):
-            folder = self._folder(trainer)
-            last = Path(os.path.relpath(folder)) / LAST if folder else None
-            if last and last.exists():
-                command = shlex.join(["python", "train.py", "fit", "--ckpt_path", str(last)])
-                rank_zero_info(
-                    f"{last} holds step {self.saved_step}; to go on, give the same command again if it names the "
-                    f"folder (--checkpoint.dirpath), or {command} (and the same --config and --trainer options, if "
-                    "there were any)"
-                )
-            else:
-                rank_zero_info("nothing is kept, for nothing was saved yet")
+            self._tell(trainer)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self.received = number
@@ -128,6 +126,20 @@ class LastCheckpoint(Checkpoint):
         os.write(2, b"\nfinishing the step to save it; once more to stop at once\n")
         for each in (signal.SIGTERM, signal.SIGINT):
             signal.signal(each, signal.default_int_handler if each == signal.SIGINT else signal.SIG_DFL)
+
+    def _tell(self, trainer: L.Trainer) -> None:
+        """Say what is kept and how to go on."""
+        folder = self._folder(trainer)
+        last = Path(os.path.relpath(folder)) / LAST if folder else None
+        if last and last.exists():
+            command = shlex.join(["python", "train.py", "fit", "--ckpt_path", str(last)])
+            step = "what was saved before" if self.saved_step is None else f"step {self.saved_step}"
+            rank_zero_info(
+                f"{last} holds {step}; to go on, give the same command again if it names the folder "
+                f"(--checkpoint.dirpath), or {command} (and the same --config and --trainer options, if there were any)"
+            )
+        else:
+            rank_zero_info("nothing is kept, for nothing was saved yet")
 
     def _is_told(self, trainer: L.Trainer) -> bool:
         """Return whether any process was told to stop; all must save together."""
@@ -138,12 +150,13 @@ class LastCheckpoint(Checkpoint):
             return
         last = Path(self._folder(trainer)) / LAST
         draft = last.with_name(f"{LAST}.part")
-        self.saved_step = trainer.global_step
+        first, self.saved_step = self.saved_step is None, trainer.global_step
         # With the optimiser's state, which is the default, but Lightning tells each time if it is not said.
         trainer.save_checkpoint(draft, weights_only=False)
         if trainer.is_global_zero:
-            if last.exists():
-                last.replace(last.with_name(PREVIOUS))
+            # What a run has gone on without, for it is damaged, does not take the place of what it has gone on with.
+            if last.exists() and not (first and damage_of(last)):
+                _keep(last, last.with_name(PREVIOUS))
             draft.replace(last)
             _sync(last.parent)
 
@@ -171,8 +184,21 @@ def damage_of(path: Path) -> str | None:
     return f"its part {broken} is damaged" if broken else None
 
 
+def _keep(file: Path, other: Path) -> None:
+    """Give a file another name, too, so that at no time it has none; where there are no links, it is renamed."""
+    link = other.with_name(f"{other.name}.part")
+    link.unlink(missing_ok=True)
+    try:
+        os.link(file, link)
+    except OSError:
+        file.replace(link)
+    link.replace(other)
+
+
 def _sync(folder: Path) -> None:
-    """Write to the disk which files a folder has."""
+    """Write to the disk which files a folder has; Windows does not let a folder be opened for that."""
+    if os.name == "nt":
+        return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
