@@ -218,6 +218,8 @@ def test_compiled_training_gives_what_eager_training_gives(here):
     for compile in (False, True):
         assert not torch._dynamo.utils.counters["stats"]["unique_graphs"]
         options = ["--trainer.max_epochs", "1", "--trainer.limit_train_batches", "4", "--data.augment", "none"]
+        # Adam divides by the gradient's size, which makes rounding large where the gradient all but vanishes.
+        options += ["--model.optimizer", "sgd"]
         if compile:
             options += ["--model.compile", "true"]
         trained = train(
