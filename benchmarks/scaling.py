@@ -71,8 +71,8 @@ def train(way: str, operator: str) -> None:
     warnings.filterwarnings("ignore")
     torch.set_num_threads(2 if way == "threads" else 1)
     processes = 2 if way in ("ddp", "fsdp") else 1
-    sharding = {"data_parallel_size": 2, "tensor_parallel_size": 1, "process_group_backend": "gloo"}
-    strategy = {"ddp": "ddp", "fsdp": ModelParallelStrategy(**sharding)}.get(way, "auto")
+    sharding = {"data_parallel_size": 2, "tensor_parallel_size": 1, "save_distributed_checkpoint": False}
+    strategy = {"ddp": "ddp", "fsdp": ModelParallelStrategy(**sharding, process_group_backend="gloo")}.get(way, "auto")
     clock = Clock()
     with tempfile.TemporaryDirectory() as folder:
         trainer = L.Trainer(

@@ -24,7 +24,7 @@ COMPARED = ("fgsm", "bim", "bim_quarter")
 
 RESULTS = Path(__file__).resolve().parent.parent / "results" / "robustness"
 # Of which the docs show the results side by side, the plain twin first.
-FAMILIES = ("cifar10_resnet20", "mnist_cnn6", "mnist_adversarial_cnn6")
+FAMILIES = ("cifar10_resnet20", "digits_cnn6", "mnist_cnn6", "mnist_adversarial_cnn6")
 
 
 def published_families(results: Path = RESULTS) -> dict[str, list[Result]]:
