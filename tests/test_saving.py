@@ -302,14 +302,15 @@ def test_a_run_goes_on_with_the_checkpoint_before_a_damaged_one(damage, tmp_path
         usable_checkpoint(last)
 
 
-COMMAND = "train.py fit --data Digits --data.batch_size 16 --trainer.max_epochs 3 --checkpoint.dirpath {}"
+COMMAND = "fit --data Digits --data.batch_size 16 --trainer.max_epochs 3 --checkpoint.dirpath {}"
 
 
 def train_py(folder, *, stop=None):
     """Run the command, stop it by a signal once an epoch is saved, and return its status and what it told."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, *COMMAND.format(folder).split()]
-    with subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL) as run:
+    command = [sys.executable, str(ROOT / "train.py"), *COMMAND.format(folder).split()]
+    streams = {"stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL}
+    with subprocess.Popen(command, cwd=folder.parent, env=environment, **streams) as run:
         while stop and not (folder / "last.ckpt").exists():
             assert run.poll() is None
             time.sleep(0.01)
