@@ -21,7 +21,7 @@ from zoo.data import Digits
 from zoo.masking import checks, suspected
 from zoo.probes import ATTACKS, EFFORTS, PROBES, Subject
 from zoo.robustness import CURVE_EPS, Ledger, Result, Step, chosen_steps, companions_of, evaluate, protocol
-from zoo.robustness_report import attack_table, check_table, headline, ratio_to_twin, report
+from zoo.robustness_report import attack_table, check_table, effort_table, headline, ratio_to_twin, report
 from zoo.smoothness import by_layer, smoothness
 
 NAME = "digits_cnn6_tanh_cosine"
@@ -489,3 +489,14 @@ def test_efforts_are_the_smallest_of_all_attacks():
 def test_the_page_shows_the_smoothness_that_was_measured():
     page = benchmark.PAGE.read_text(encoding="utf-8")
     assert reports.filled(page, benchmark.blocks(), others=r"\w+") == page
+
+
+def test_efforts_that_other_attacks_found_are_not_compared():
+    def result(operator, *attacks):
+        about = {"checkpoint": f"digits_cnn6_{operator}", "content": "same", "eps": 0.1}
+        return Result(about, dict.fromkeys(attacks, torch.tensor([1.0, 2.0, 3.0])))
+
+    mine = result("tanh_cosine", "deepfool")
+    for twin, told in ((result("conv", "deepfool"), "1.00 (1.00–1.00)"), (result("conv", "deepfool", "ddn"), "–")):
+        row = effort_table([mine], {"digits_cnn6_tanh_cosine": twin}).splitlines()[-1]
+        assert row.split("|")[6].strip() == told

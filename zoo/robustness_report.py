@@ -65,6 +65,11 @@ def name_of(result: Result) -> str:
     return result.about["checkpoint"]
 
 
+def efforts_of(result: Result) -> list[str]:
+    """Return the L2 attacks that were run."""
+    return [name for name in EFFORTS if result.of(name) is not None]
+
+
 def columns(results: Sequence[Result]) -> list[str]:
     """Return the names of checkpoints without what they have in common: of a family, the operators."""
     names = list(map(name_of, results))
@@ -160,7 +165,7 @@ def effort_table(results: Sequence[Result], twins: Mapping[str, Result]) -> str:
         found = effort[right].isfinite().float().mean().item() if right.any() else 1.0
         quartiles = (f"{effort[right].quantile(q).item():.3f}" for q in (0.25, 0.5, 0.75))
         twin = twins.get(name_of(result))
-        comparable = twin and twin.effort() is not None and twin.is_of_the_same_images(result)
+        comparable = twin and efforts_of(twin) == efforts_of(result) and twin.is_of_the_same_images(result)
         compared = ratio_to_twin(effort, twin.effort()) if comparable else "–"
         rows.append((name_of(result), str(int(right.sum())), *quartiles, compared, f"{100 * found:.0f} %"))
     return markdown_table(header, rows)
@@ -213,7 +218,7 @@ def report(result: Result, twin: Result | None) -> str:
     if result.of("bim_quarter", PAPER_EPS[0]) is not None:
         parts += ["## FGSM and BIM, for comparison with the paper", paper_table(both)]
     if result.effort() is not None:
-        attacks = ", ".join(TITLES[name] for name in EFFORTS if result.of(name) is not None)
+        attacks = ", ".join(TITLES[name] for name in efforts_of(result))
         parts += ["## The nearest mistake in L2", f"The smallest of {attacks}.", effort_table(both, twins)]
     return "\n\n".join(parts) + "\n"
 
@@ -225,7 +230,9 @@ def draw(results: Sequence[Result], stem: Path) -> list[Path]:
     if curves:
         written.append(stem.with_name(f"{stem.name}_curve.png"))
         plot_curves(curves, written[-1])
-    efforts = {name_of(r): effort for r in results if (effort := r.effort()) is not None}
+    # The smallest of more attacks is smaller: only what the same ones found is shown side by side.
+    alike = [result for result in results if efforts_of(result) == efforts_of(results[0])]
+    efforts = {name_of(r): effort for r in alike if (effort := r.effort()) is not None}
     shown = {name: lengths[(lengths > 0) & lengths.isfinite()].tolist() for name, lengths in efforts.items()}
     if any(shown.values()):
         written.append(stem.with_name(f"{stem.name}_effort.png"))
