@@ -17,9 +17,9 @@ from benchmarks import measure
 from benchmarks.report import DOCS, read
 from zoo.cards import markdown_table
 from zoo.checkpoints import write_whole
-from zoo.classifier import origin
 from zoo.export import measured_data
 from zoo.models import is_plain
+from zoo.origin import origin
 from zoo.reports import filled
 from zoo.smoothness import by_layer
 

@@ -10,9 +10,10 @@ import torch.nn.functional as F
 import zoo
 from operators import DecoupledConv2d
 from zoo.callbacks import WeightedGradients, WeightProjection
-from zoo.classifier import Classifier, learning_rate_factor, orthogonality_penalty, read_lightning_checkpoint
+from zoo.classifier import Classifier, learning_rate_factor, orthogonality_penalty
 from zoo.data import Digits
 from zoo.guard import SkippedSteps, first_bad_layer
+from zoo.lightning_checkpoints import read_lightning_checkpoint
 from zoo.saving import LastCheckpoint
 
 LEARNED = {"name": "tanh_cosine", "radius_mode": "learned", "radius_relative": True}

@@ -83,7 +83,8 @@ def test_fit_alone_trains_a_decoupled_network_on_digits(run):
     assert status == 0, errors
     (folder,) = Path("outputs/runs").iterdir()
     assert {"config.yaml", "metrics.csv", "checkpoints"} <= {path.name for path in folder.iterdir()}
-    assert {path.name for path in (folder / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
+    kept = {path.name for path in (folder / "checkpoints").iterdir()}
+    assert kept == {"best.ckpt", "last.ckpt", "previous.ckpt"}
     record = torch.load(folder / "checkpoints/last.ckpt", weights_only=True)["decoupled_zoo"]
     assert record["spec"]["architecture"] == "cnn6" and record["data"]["name"] == "Digits"
 
@@ -138,9 +139,12 @@ def test_a_run_goes_on_with_its_own_seed(run):
     assert torch.load(path, weights_only=True)["decoupled_zoo"]["training"]["seed"] == 7
 
 
-def test_no_batch_a_step_is_refused(run):
-    status, _, errors = run("fit", *SHORT, "--trainer.accumulate_grad_batches=0")
-    assert status == 1 and "--trainer.accumulate_grad_batches must be at least 1, got 0" in errors
+def test_a_trainer_that_would_do_nothing_is_refused(run):
+    for name, value in {"accumulate_grad_batches": 0, "max_epochs": 0, "max_steps": 0}.items():
+        status, _, errors = run("fit", *SHORT, f"--trainer.{name}={value}")
+        assert status == 1 and f"--trainer.{name} must be at least 1" in errors and f"got {value}" in errors
+    status, _, errors = run("fit", *SHORT, "--trainer.gradient_clip_val=-1")
+    assert status == 1 and "--trainer.gradient_clip_val must not be negative, got -1" in errors
 
 
 def test_a_run_goes_on_to_its_own_last_epoch(run):

@@ -253,6 +253,10 @@ def test_images_in_memory_are_decoded_once_and_others_once_more_than_used(
         ({**TWO, "test/a": 2, "test/b": 0}, "no image in the class folders b of .*test"),
         ({**TWO, "val/a": 1}, "val and .*train must have the same class folders, but only .*train has b; add"),
         ({**TWO, "test/a": 1, "test/b": 1, "test/c": 1}, "test and .*train .* only .*test has c; add"),
+        (
+            {**TWO, "val/b": 0, "test/a": 1},
+            r"no image in .* b of .*val; .*\n.*val and .* has a; .*\n.*test and .* has b;",
+        ),
     ],
 )
 def test_folders_that_are_no_data_set_are_told(counts, message, tmp_path):
@@ -696,6 +700,7 @@ BAD = {
     "text.jpg": ("no image of a known kind", lambda content: b"no image at all"),
     "bomb.png": ("pixels are more than 10,000: a decompression bomb", None),
     "range.tiff": ("no stated range", None),
+    "link.png": ("No such file", None),
 }
 
 
@@ -707,6 +712,7 @@ def write_bad_images(folder):
             (folder / name).write_bytes(damage(content.getvalue()))
     Image.new("L", (101, 100)).save(folder / "bomb.png")
     Image.fromarray(numpy.zeros((8, 8), numpy.float32)).save(folder / "range.tiff")
+    (folder / "link.png").symlink_to(folder / "nowhere.png")
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
@@ -728,22 +734,22 @@ def test_preflight_opens_each_file_once_and_lists_all_that_is_wrong(tmp_path, mo
         assert stop.value.code == 1 and all(
             re.search(rf"{root}/train/b/{name}: .*{reason}", printed) for name, (reason, _) in BAD.items()
         )
-        assert re.search(r"train │ 28 +│ 2 +│ 3 +│ 5 ", printed)
+        assert re.search(r"train │ 29 +│ 2 +│ 3 +│ 6 ", printed)
         # Those that cannot be read are tried each time, and a file that has changed.
-        assert len(opened) == (31, 5, 6)[again]
+        assert len(opened) == (32, 6, 7)[again]
         opened.clear()
         if again == 1:
             (root / "train/a/0.png").write_bytes((root / "train/a/1.png").read_bytes() + b" ")
     # What is on disk has been examined, and training opens no sound file before it needs it.
-    with pytest.warns(UserWarning, match="5 of 28 images cannot be read and are left out"):
+    with pytest.warns(UserWarning, match="6 of 29 images cannot be read and are left out"):
         image_folder(root, memory_limit_mb=0).setup("fit")
-    assert len(opened) == 5
+    assert len(opened) == 6
     opened.clear()
     for record in (tmp_path / "caches/decoupled_zoo").iterdir():
         record.write_text("damaged")
-    with pytest.warns(UserWarning, match="5 of 28 images cannot be read and are left out"):
+    with pytest.warns(UserWarning, match="6 of 29 images cannot be read and are left out"):
         image_folder(root, memory_limit_mb=0).setup("fit")
-    assert len(opened) == 31
+    assert len(opened) == 32
 
 
 def test_preflight_of_a_sound_folder_ends_well(tmp_path, monkeypatch, capsys):

@@ -15,7 +15,7 @@ import yaml
 from PIL import Image
 
 import zoo
-from zoo.classifier import read_lightning_checkpoint
+from zoo.lightning_checkpoints import read_lightning_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 BATCHES = 5
@@ -128,13 +128,15 @@ def test_shards_go_on_to_the_bit(runs, tmp_path):
 
 def test_a_signal_to_the_first_process_stops_and_saves_all(tmp_path):
     options = ["--trainer.limit_train_batches=40", "--trainer.max_epochs=3"]
-    last, whole = tmp_path / "ddp/last.ckpt", train(tmp_path, "ddp", *options)
+    last, previous = tmp_path / "ddp/last.ckpt", tmp_path / "ddp/previous.ckpt"
+    whole = train(tmp_path, "ddp", *options)
     last.unlink()
-    (tmp_path / "ddp/previous.ckpt").unlink()
+    previous.unlink()
     with subprocess.Popen(
         command(tmp_path, "ddp", *options), cwd=tmp_path, env=environment(tmp_path), stderr=subprocess.DEVNULL
     ) as run:
-        while not last.exists():
+        # The first epoch has ended, and its validation.
+        while not previous.exists():
             assert run.poll() is None
             time.sleep(0.01)
         time.sleep(0.3)

@@ -122,9 +122,11 @@ def test_a_state_is_of_its_own_epoch_alone():
 
 @pytest.mark.parametrize("kind", [TrainingLoader, Loader])
 @pytest.mark.parametrize("processes", [1, 2, 3, 5])
+@pytest.mark.parametrize("batch_size", [1, 2])
 @pytest.mark.parametrize("count", [5, 23, 24, 25, 30])
-def test_processes_share_an_epoch(kind, processes, count):
-    shares = [labels_of(make_loader(count, 2, kind=kind, processes=processes, rank=rank)) for rank in range(processes)]
+def test_processes_share_an_epoch(kind, processes, count, batch_size):
+    settings = {"kind": kind, "processes": processes}
+    shares = [labels_of(make_loader(count, batch_size, rank=rank, **settings)) for rank in range(processes)]
     assert len({len(share) for share in shares}) == 1
     seen = collections.Counter(label for share in shares for batch in share for label in batch)
     assert set(seen) == set(range(count))
@@ -132,9 +134,14 @@ def test_processes_share_an_epoch(kind, processes, count):
         assert set(seen.values()) == {1} and all(batch for share in shares for batch in share)
         return
     assert sum(seen.values()) == count + (-count % processes)
-    together = make_loader(count, 2 * processes)
-    for place, batch in list(enumerate(together))[: count // (2 * processes)]:
+    together = make_loader(count, batch_size * processes)
+    for place, batch in list(enumerate(together))[: count // (batch_size * processes)]:
         assert sorted(batch[1].tolist()) == sorted(label for share in shares for label in share[place])
+
+
+def test_fewer_images_than_processes_cannot_be_measured():
+    with pytest.raises(ValueError, match="2 images are too few for 3 processes"):
+        make_loader(2, 4, kind=Loader, processes=3)
 
 
 def test_keys_do_not_depend_on_the_process():

@@ -17,8 +17,9 @@ import torch
 from PIL import Image
 
 from zoo.adversarial import AdversarialTraining
-from zoo.classifier import Classifier, read_lightning_checkpoint, usable_checkpoint
+from zoo.classifier import Classifier
 from zoo.data import Digits, ImageFolder
+from zoo.lightning_checkpoints import read_lightning_checkpoint, usable_checkpoint
 from zoo.saving import LastCheckpoint, SafeCheckpointIO, damage_of
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -73,15 +74,14 @@ def fit(folder, data, *callbacks, ckpt_path=None, **arguments):
     settings = arguments.pop("settings", {"operator": LEARNED})
     L.seed_everything(0, verbose=False)
     classifier = Classifier(**settings)
-    defaults = {"max_epochs": EPOCHS, "limit_train_batches": BATCHES, "plugins": SafeCheckpointIO(), "devices": 1}
-    arguments = {"accelerator": "cpu", **defaults, **arguments}
+    defaults = {"max_epochs": EPOCHS, "limit_train_batches": BATCHES, "limit_val_batches": 1, "devices": 1}
+    arguments = {"accelerator": "cpu", "plugins": SafeCheckpointIO(), **defaults, **arguments}
     best = L.pytorch.callbacks.ModelCheckpoint(folder, filename="best", monitor="val_accuracy", mode="max")
     trainer = L.Trainer(
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,
-        limit_val_batches=1,
         callbacks=[LastCheckpoint(), best, OtherDraws(), *callbacks],
         **arguments,
     )
@@ -177,6 +177,65 @@ def test_what_ends_within_an_epoch_goes_on_within_it(arguments, tmp_path):
         done, calls = read_lightning_checkpoint(path)["global_step"], calls + 1
         assert calls <= 1 + EPOCHS * BATCHES
     assert calls > 1 and digest(classifier) == whole
+
+
+class Validations(L.Callback):
+    """Notes what each validation finds; in that of a step, it sends a signal, or fails as a killed process does."""
+
+    def __init__(self, step=None, fails=False):
+        self.step, self.fails, self.found = step, fails, []
+
+    def on_validation_batch_start(self, trainer, module, batch, batch_index):
+        if (trainer.global_step, batch_index) == (self.step, 1):
+            if self.fails:
+                raise OSError
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def on_validation_end(self, trainer, module):
+        # With the place that loggers are told.
+        place = trainer.current_epoch, trainer.global_step, trainer.fit_loop.epoch_loop._batches_that_stepped
+        self.found.append((*place, trainer.callback_metrics["val_loss"].item()))
+
+
+@resumes
+@pytest.mark.parametrize(
+    ("interval", "stop"),
+    [
+        (1.0, lambda: (Validations(step=2 * BATCHES), SystemExit)),
+        (2, lambda: (Validations(step=BATCHES + 2), SystemExit)),
+        (2, lambda: (Validations(step=BATCHES + 2, fails=True), OSError)),
+        (1.0, lambda: (StopAt(1, BATCHES - 1), SystemExit)),
+    ],
+    ids=["signal", "signal within an epoch", "killed within an epoch", "signal just before"],
+)
+@pytest.mark.parametrize("settings", [SETTINGS["learned"], SETTINGS["averaged"]], ids=["learned", "averaged"])
+def test_a_validation_that_is_broken_off_is_begun_again(interval, stop, settings, tmp_path):
+    def train(folder, *callbacks, path=None):
+        validations = {"val_check_interval": interval, "limit_val_batches": 3, "ckpt_path": path}
+        return fit(folder, Digits(batch_size=16), *callbacks, settings=settings, **validations)
+
+    uninterrupted, first, rest = Validations(), Validations(), Validations()
+    whole = digest(train(tmp_path / "whole", uninterrupted))
+    stopping, error = stop()
+    with pytest.raises(error):
+        train(tmp_path / "run", first, stopping)
+    assert digest(train(tmp_path / "run", rest, path=tmp_path / "run/last.ckpt")) == whole
+    assert first.found and first.found + rest.found == uninterrupted.found
+
+
+@resumes
+def test_what_a_validation_stops_within_an_epoch_goes_on_within_it(tmp_path):
+    class Enough(L.Callback):
+        def on_validation_end(self, trainer, module):
+            trainer.should_stop = trainer.global_step == BATCHES + 2
+
+    def train(folder, *callbacks, path=None):
+        return fit(folder, Digits(batch_size=16), *callbacks, val_check_interval=2, ckpt_path=path)
+
+    whole = digest(train(tmp_path / "whole"))
+    train(tmp_path / "run", Enough())
+    assert read_lightning_checkpoint(tmp_path / "run/last.ckpt")["global_step"] == BATCHES + 2
+    assert digest(train(tmp_path / "run", path=tmp_path / "run/last.ckpt")) == whole
 
 
 @resumes
@@ -281,8 +340,10 @@ def test_what_cannot_be_read_back_takes_no_place(tmp_path, monkeypatch):
 @resumes
 @pytest.mark.parametrize("damage", ["missing", "empty", "one bit"])
 def test_a_run_goes_on_with_the_checkpoint_before_a_damaged_one(damage, tmp_path):
-    whole = digest(fit(tmp_path, Digits(batch_size=16)))
+    whole = digest(fit(tmp_path / "whole", Digits(batch_size=16)))
+    tmp_path = tmp_path / "run"
     last = tmp_path / "last.ckpt"
+    stopped(tmp_path, Digits(batch_size=16), EPOCHS - 1, 2)
     content = bytearray(last.read_bytes())
     content[len(content) // 2] ^= 1
     if damage == "missing":
@@ -293,9 +354,12 @@ def test_a_run_goes_on_with_the_checkpoint_before_a_damaged_one(damage, tmp_path
         path = usable_checkpoint(last)
     assert read_lightning_checkpoint(path)["global_step"] == (EPOCHS - 1) * BATCHES
     before = Path(path).read_bytes()
-    assert digest(fit(tmp_path, Digits(batch_size=16), ckpt_path=path)) == whole
+    with pytest.raises(OSError):
+        broken_off = Validations(step=EPOCHS * BATCHES, fails=True)
+        fit(tmp_path, Digits(batch_size=16), broken_off, limit_val_batches=2, ckpt_path=path)
     # What was damaged has not taken the place of what was sound.
     assert (tmp_path / "previous.ckpt").read_bytes() == before
+    assert digest(fit(tmp_path, Digits(batch_size=16), ckpt_path=last)) == whole
     (tmp_path / "previous.ckpt").unlink()
     last.write_bytes(b"")
     with pytest.raises(ValueError, match="it is damaged, or another kind of file; use another checkpoint"):
@@ -311,7 +375,8 @@ def train_py(folder, *, stop=None):
     command = [sys.executable, str(ROOT / "train.py"), *COMMAND.format(folder).split()]
     streams = {"stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL}
     with subprocess.Popen(command, cwd=folder.parent, env=environment, **streams) as run:
-        while stop and not (folder / "last.ckpt").exists():
+        # It is there when a checkpoint of the epoch's end has followed that of the beginning of validation.
+        while stop and not (folder / "previous.ckpt").exists():
             assert run.poll() is None
             time.sleep(0.01)
         if stop:

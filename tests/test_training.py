@@ -19,9 +19,10 @@ from tests.test_data import write_dataset, write_images
 from zoo import training
 from zoo.callbacks import StopInTime
 from zoo.checkpoints import PRETRAINED, read_config
-from zoo.classifier import Classifier, read_lightning_checkpoint
+from zoo.classifier import Classifier
 from zoo.data import MNIST
 from zoo.export import LARGEST_IN_FLOAT32
+from zoo.lightning_checkpoints import read_lightning_checkpoint
 from zoo.training import Device, is_finished, recipes, train, train_zoo
 
 CPU = Device("cpu", compile=False)

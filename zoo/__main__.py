@@ -23,12 +23,13 @@ from operators.lookup import unknown_name
 from zoo.augmentation import to_float
 from zoo.cards import model_card
 from zoo.checkpoints import CARD, PRETRAINED, find_local, read_config, write_whole
-from zoo.classifier import CALIBRATION_IMAGES, origin
+from zoo.classifier import CALIBRATION_IMAGES
 from zoo.cli import command_of, portable, readable_errors, stop_status
 from zoo.data import DATA, Digits, ImageData, ImageFolder
 from zoo.export import check_absent, check_name, export, measure, measured_data, recorded_data
 from zoo.image_files import sample_files
 from zoo.models import PLAIN, is_plain
+from zoo.origin import origin
 from zoo.plots import plot_operators, plot_predictions
 from zoo.probes import NEEDS, optional
 from zoo.publish import publish

@@ -113,15 +113,14 @@ def augment_batch(images: Tensor, augment: Augment, size: int, keys: Tensor) -> 
     """
     if augment == "none":
         return images
-    draws = uniform(keys, DRAWS)
+    on_cpu = uniform(keys, DRAWS)
+    # A copy for which the device need not be waited for, if the memory is pinned.
+    draws = (on_cpu.pin_memory() if images.is_cuda else on_cpu).to(images.device, non_blocking=True)
     if augment == "resized_crop_flip":
         # Rectangles are cut out one by one, as the CPU says.
-        images = random_resized_crop(images, size, draws[:, :-1])
-    # A copy for which the device need not be waited for, if the memory is pinned.
-    draws = (draws.pin_memory() if images.is_cuda else draws).to(images.device, non_blocking=True)
-    if augment == "resized_crop_flip":
-        return random_flip(images, draws[:, -1])
-    images = random_shift(images, size // 8, draws[:, :2])
+        images = random_resized_crop(images, size, on_cpu[:, :-1])
+    else:
+        images = random_shift(images, size // 8, draws[:, :2])
     if augment != "crop":
         images = random_flip(images, draws[:, -1])
     return random_cutout(images, size // 2, draws[:, 2:4]) if augment == "crop_flip_cutout" else images

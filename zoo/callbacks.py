@@ -4,6 +4,7 @@ import csv
 import functools
 import io
 import time
+from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from lightning.pytorch.callbacks import BasePredictionWriter, Callback, WeightAv
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from torch.optim.swa_utils import AveragedModel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from operators import decoupled_layers, filter_norm
 from zoo.checkpoints import write_whole
@@ -77,7 +78,7 @@ class MovingAverage(WeightAveraging):
     """
 
     def __init__(self, decay: float) -> None:
-        super().__init__(avg_fn=functools.partial(_averaged, decay))
+        super().__init__(multi_avg_fn=functools.partial(_average, decay))
 
     def setup(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
         # Lightning asks callbacks first, but the network, of which the average is a copy, follows from the data.
@@ -93,11 +94,15 @@ class MovingAverage(WeightAveraging):
             self._average_model.module.model.normalise_as(module.model.spec)
 
 
-def _averaged(decay: float, average: Tensor, current: Tensor, steps: Tensor) -> Tensor:
+def _average(decay: float, averages: Sequence[Tensor], currents: Sequence[Tensor], steps: Tensor) -> None:
+    """Move averages, all of one dtype and device, towards current values after so many steps."""
+    if averages[0].is_floating_point():
+        done = int(steps)
+        get_ema_multi_avg_fn(min(decay, (1 + done) / (10 + done)))(averages, currents, steps)
+        return
     # Counts, such as BatchNorm's of batches, are no quantities to be averaged.
-    if not average.is_floating_point():
-        return current
-    return average.lerp(current, 1 - torch.clamp((1 + steps) / (10 + steps), max=decay).to(average.dtype))
+    for average, current in zip(averages, currents, strict=True):
+        average.copy_(current)
 
 
 class StopInTime(Callback):

@@ -1,13 +1,8 @@
 """The Lightning module: one model of the zoo, its loss, optimiser and schedule."""
 
 import dataclasses
-import functools
 import math
-import os
-import pickle
-import platform
 import shlex
-import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,9 +13,8 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import ModelParallelStrategy, SingleDeviceStrategy
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
 from torchmetrics.classification import MulticlassAccuracy
 from torchvision.transforms.v2 import MixUp
 
@@ -28,12 +22,13 @@ from operators import DecoupledConv2d, calibrate, decoupled_layers, filter_norm
 from operators.convert import classifier_layers
 from zoo.adversarial import AdversarialTraining, OverfittingAlarm
 from zoo.callbacks import MovingAverage
-from zoo.checkpoints import CONFIG, list_checkpoints
 from zoo.data import ImageData, first_alone, given_arguments
 from zoo.guard import SkippedSteps, explanation
+from zoo.lightning_checkpoints import RECORD, read_record
 from zoo.models import PLAIN, ImageModel, ModelSpec, build
-from zoo.randomness import seed_of
-from zoo.saving import LAST, PREVIOUS, damage_of
+from zoo.origin import commit, origin
+from zoo.randomness import run_seed, seed_of
+from zoo.sharding import check_sharding, shard
 from zoo.sources import convert, licence_of, start_from
 
 # Training images whose norms a converted network is fitted to.
@@ -41,9 +36,6 @@ CALIBRATION_IMAGES = 256
 
 # What settings of the optimiser that came later were before.
 UNUSED = {"freeze_epochs": 0}
-
-# Where a Lightning checkpoint keeps what is needed to export it; plain values only.
-RECORD = "decoupled_zoo"
 
 
 class Classifier(L.LightningModule):
@@ -175,13 +167,10 @@ class Classifier(L.LightningModule):
         if stage != "predict":
             check_data(self.model.spec, data)
         # Asked for at the start, for files may change while the network trains.
-        _commit()
+        commit()
 
     def configure_model(self) -> None:
         """Give each process its part of the weights, gradients and optimiser's state, if the strategy is FSDP.
-
-        The blocks of the network, and what is left of it, are gathered when they are needed
-        (``ModelParallelStrategy``, FSDP2: Zhao et al., PyTorch FSDP, 2023).
 
         Raises:
             ValueError: a setting that cannot be had with sharded weights.
@@ -193,26 +182,12 @@ class Classifier(L.LightningModule):
             raise ValueError(
                 f"a network whose weights are sharded can have no {' and no '.join(refused)}; leave it out"
             )
-        if self.device_mesh["data_parallel"].size() != self.trainer.world_size:
-            raise ValueError(
-                "the network is not divided among tensor-parallel processes: set --trainer.strategy.data_parallel_size "
-                f"to the number of all processes, {self.trainer.world_size}, and tensor_parallel_size to 1"
-            )
-        if self.trainer.strategy._save_distributed_checkpoint:
-            raise ValueError(
-                "a checkpoint is one file with the whole network: --trainer.strategy.save_distributed_checkpoint false"
-            )
-        # It takes no filters with the channels last, and no single numbers, such as a learned radius, which stay whole.
-        self.model.to(memory_format=torch.contiguous_format)
-        self.replicated = [parameter for parameter in self.model.parameters() if not parameter.dim()]
-        settings = {"mesh": self.device_mesh["data_parallel"], "ignored_params": set(self.replicated)}
-        for block in blocks(self.model):
-            fully_shard(block, **settings)
-        fully_shard(self.model, **settings)
+        check_sharding(self.trainer.strategy, self.trainer.world_size)
+        self.replicated = shard(self.model, self.device_mesh["data_parallel"])
 
     def on_train_batch_start(self, batch: tuple[Tensor, Tensor], batch_index: int) -> None:
         # What a step draws follows from its place, so that a run that goes on draws the same; and so does each process.
-        torch.manual_seed(seed_of(self._seed, self.current_epoch, batch_index, self.global_rank))
+        torch.manual_seed(seed_of(run_seed(), self.current_epoch, batch_index, self.global_rank))
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> Tensor:
         images, labels = self.mix(*batch) if self.hparams.mixup else batch
@@ -345,7 +320,7 @@ class Classifier(L.LightningModule):
                 # Whole ones; validation and the end of an epoch come after its last batch.
                 "epochs": self.current_epoch + self.trainer.is_last_batch,
                 "command": " && ".join(dict.fromkeys([*self.earlier_commands, self.command])),
-                "seed": self._seed,
+                "seed": run_seed(),
                 **self._of_adversarial_training(),
                 **origin(self.device),
             },
@@ -392,11 +367,6 @@ class Classifier(L.LightningModule):
     @property
     def memory_format(self) -> torch.memory_format:
         return torch.channels_last if self.hparams.channels_last else torch.contiguous_format
-
-    @property
-    def _seed(self) -> int:
-        """The seed of the run; -1 if none was set."""
-        return int(os.environ.get("PL_GLOBAL_SEED", -1))
 
     @property
     def _frozen(self) -> bool:
@@ -492,15 +462,6 @@ class Classifier(L.LightningModule):
         self.log(name, self.accuracy[name], prog_bar=True, batch_size=len(labels))
 
 
-def blocks(model: nn.Module) -> list[nn.Module]:
-    """Return the parts of a network's sequences that have weights: the units in which they are sharded."""
-    sequences = [module for module in model.modules() if isinstance(module, nn.Sequential | nn.ModuleList)]
-    parts = [part for sequence in sequences for part in sequence if any(True for _ in part.parameters())]
-    parts = [part for part in dict.fromkeys(parts) if not isinstance(part, nn.Sequential | nn.ModuleList)]
-    inner = {module for part in parts for module in part.modules() if module is not part}
-    return [part for part in parts if part not in inner]
-
-
 def learning_rate_factor(progress: float, schedule: str, warmup: float) -> float:
     """Return the learning rate as a share of the highest, after ``progress`` (0 to 1) of training."""
     if progress < warmup:
@@ -523,68 +484,6 @@ def orthogonality_penalty(model: nn.Module) -> Tensor:
     return total
 
 
-def read_lightning_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Return the content of a Lightning checkpoint that ``Classifier`` wrote; plain values and tensors only.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: the file is damaged or was not written by ``Classifier``.
-    """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no Lightning checkpoint {path}; {_meant_instead(Path(path))}")
-    try:
-        # torch.load does not look at checksums.
-        if damage := damage_of(Path(path)):
-            raise OSError(damage)
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, KeyError, OSError, pickle.UnpicklingError) as error:
-        raise ValueError(
-            f"{path} cannot be read as a Lightning checkpoint ({type(error).__name__}: {error}): it is damaged, or "
-            "another kind of file; use another checkpoint of the run (best.ckpt), or begin it again in another folder"
-        ) from error
-    read_record(checkpoint, path)
-    return checkpoint
-
-
-def usable_checkpoint(path: str | os.PathLike[str]) -> str:
-    """Return the path of a run's checkpoint; of a last.ckpt that is missing or damaged, that of the one before.
-
-    Raises:
-        FileNotFoundError: no such file, and none before it.
-        ValueError: the file is damaged or was not written by ``Classifier``, and there is none before it.
-    """
-    path = Path(path)
-    previous = path.with_name(PREVIOUS)
-    try:
-        read_lightning_checkpoint(path)
-    except (FileNotFoundError, ValueError) as error:
-        if path.name != LAST or not previous.is_file():
-            raise
-        read_lightning_checkpoint(previous)
-        rank_zero_warn(f"{error}; going on with the one before it, {previous}")
-        return str(previous)
-    return str(path)
-
-
-def _meant_instead(path: Path) -> str:
-    if str(path) in list_checkpoints() or (path / CONFIG).is_file():
-        return f"it is a checkpoint of the zoo: fit and predict take it as --model.init_from {path}, not as --ckpt_path"
-    if (path / LAST).is_file():
-        return f"it is a folder: name the file in it, {path / LAST}"
-    return "train.py fit writes best.ckpt and last.ckpt"
-
-
-def read_record(checkpoint: dict[str, Any], path: str | os.PathLike[str] = "the checkpoint") -> dict[str, Any]:
-    """Return what ``Classifier`` wrote into a Lightning checkpoint beside the weights.
-
-    Raises:
-        ValueError: the checkpoint was not written by ``Classifier``.
-    """
-    if not isinstance(checkpoint, dict) or RECORD not in checkpoint:
-        raise ValueError(f"{path} was not written by zoo.classifier.Classifier (python train.py fit)")
-    return checkpoint[RECORD]
-
-
 def check_data(spec: ModelSpec, data: ImageData) -> None:
     """Refuse to train or measure a network on images of other classes, channels or size than its own.
 
@@ -603,25 +502,3 @@ def check_data(spec: ModelSpec, data: ImageData) -> None:
 def _identity(spec: ModelSpec) -> str:
     settings = f" {dict(spec.model_args)}" if spec.model_args else ""
     return f"{spec.architecture}{settings} with {spec.operator or PLAIN} and {len(spec.class_names)} classes"
-
-
-def origin(device: torch.device) -> dict[str, str]:
-    """Return what a training's numbers depend on beside its recipe: commit, hardware and torch."""
-    return {"commit": _commit(), "hardware": _hardware(device), "torch": str(torch.__version__)}
-
-
-@functools.cache
-def _commit() -> str:
-    """Return the commit of this code, with ``-dirty`` if files differ from it."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        git = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
-    except OSError:
-        return "none"
-    return git.stdout.strip() if git.returncode == 0 else "none"
-
-
-def _hardware(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{os.cpu_count()} CPU cores ({platform.machine()})"

@@ -24,15 +24,18 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from operators.lookup import look_up, unknown_name
 from zoo.callbacks import PredictionTable
-from zoo.classifier import Classifier, read_lightning_checkpoint, read_record, usable_checkpoint
+from zoo.classifier import Classifier
 from zoo.data import DATA, ImageData
 from zoo.image_files import unreadable
+from zoo.lightning_checkpoints import record_of, usable_checkpoint
 from zoo.saving import LAST, PREVIOUS, STOPPED, LastCheckpoint, SafeCheckpointIO
 from zoo.sources import shape_of
 
 # Lightning's advertisement, and a deprecated function that it calls itself.
 logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "litlogger" not in record.msg)
 warnings.filterwarnings("ignore", message=".*LeafSpec", module="lightning")
+# A folder of another run is refused; one of this run is meant.
+warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
 
 CURABLE = (
     argparse.ArgumentError,
@@ -132,7 +135,7 @@ class ZooCLI(LightningCLI):
         if not any((folder / name).is_file() for name in (LAST, PREVIOUS)):
             return None
         last = usable_checkpoint(folder / LAST)
-        commands = read_record(read_lightning_checkpoint(last))["training"]["command"].split(" && ")
+        commands = record_of(last)["training"]["command"].split(" && ")
         return str(folder / LAST) if commands[-1] == self.command else None
 
     def after_fit(self) -> None:
@@ -162,14 +165,23 @@ class ZooCLI(LightningCLI):
         if self.subcommand == "fit" and not settings.ckpt_path and settings.checkpoint.dirpath:
             last = Path(settings.checkpoint.dirpath) / LAST
             if last.exists() or last.with_name(PREVIOUS).exists():
-                record = read_record(read_lightning_checkpoint(usable_checkpoint(last)))
+                record = record_of(usable_checkpoint(last))
                 raise FileExistsError(
                     f"{last} is another run's, begun by: {record['training']['command']}; give that command to go on "
                     f"with it, or --ckpt_path {last}, or choose another folder (--checkpoint.dirpath)"
                 )
-        accumulated = settings.get("trainer.accumulate_grad_batches", 1)
-        if accumulated < 1:
-            raise ValueError(f"--trainer.accumulate_grad_batches must be at least 1, got {accumulated}")
+        trainer = settings.trainer
+        if trainer.accumulate_grad_batches < 1:
+            raise ValueError(
+                f"--trainer.accumulate_grad_batches must be at least 1, got {trainer.accumulate_grad_batches}"
+            )
+        if (trainer.gradient_clip_val or 0) < 0:
+            raise ValueError(f"--trainer.gradient_clip_val must not be negative, got {trainer.gradient_clip_val}")
+        for name in ("max_epochs", "max_steps"):
+            if trainer[name] == 0:
+                raise ValueError(
+                    f"--trainer.{name} must be at least 1 (-1 for no end), got 0: nothing would be trained"
+                )
         if self.subcommand != "fit" and not settings.ckpt_path and not settings.model.init_from:
             raise ValueError(
                 f"{self.subcommand} needs a trained network: --ckpt_path outputs/.../best.ckpt (what fit wrote), or "
@@ -185,7 +197,7 @@ class ZooCLI(LightningCLI):
 
     def _go_on_with_what_was_started(self, settings: Namespace) -> None:
         """Leave the network to the checkpoint, of whose run the command line repeats what it started from."""
-        record = read_record(read_lightning_checkpoint(settings.ckpt_path))
+        record = record_of(settings.ckpt_path)
         started_from = (record.get("source") or {}).get("name")
         if settings.model.init_from != started_from:
             raise ValueError(
@@ -296,7 +308,7 @@ def going_on(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 
 def checkpoint_settings(path: str, predicting: bool) -> list[str]:
     """Return options for a checkpoint's network and folder, and, unless ``predicting`` on other images, its data."""
-    record = read_record(read_lightning_checkpoint(path))
+    record = record_of(path)
     # Settings of earlier versions that there are no more had been used when the run began.
     kept = record["model"].keys() & inspect.signature(Classifier).parameters.keys()
     model = {name: record["model"][name] for name in kept} | network_settings(record)

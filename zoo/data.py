@@ -31,6 +31,7 @@ from zoo.image_files import (
     DiskImages,
     class_folders,
     decode_each,
+    empty_folders,
     empty_images,
     evenly_spaced,
     find_images,
@@ -41,6 +42,7 @@ from zoo.image_files import (
 )
 from zoo.loaders import Loader, MemoryImages, Share, TrainingLoader, as_it_is
 from zoo.preflight import examine
+from zoo.randomness import run_seed
 from zoo.transforms import ImageTransform
 
 # Images to predict on are read later, when it is known what the network takes.
@@ -284,7 +286,7 @@ class ImageData(L.LightningDataModule, abc.ABC):
             drop_last=shuffle and len(images) >= self.batch_size * processes,
             processes=processes,
             rank=trainer.global_rank if trainer else 0,
-            seed=int(os.environ.get("PL_GLOBAL_SEED", 0)),
+            seed=run_seed(),
         )
         kind = TrainingLoader if shuffle else Loader
         device = trainer.strategy.root_device if trainer else "cpu"
@@ -594,20 +596,25 @@ class ImageFolder(ImageData):
         train = self.root / "train"
         if not self._has("train"):
             raise FileNotFoundError(f"no folder {train}; images are expected in {self.root}/train/CLASS/*")
-        names = class_folders(train)
+        names, problems = class_folders(train), []
         if len(names) < 2:
-            raise ValueError(
-                f"{train} needs a folder for each of two or more classes, but has {', '.join(names) or 'none'}"
-            )
-        for split in ("val", "test"):
-            if self._has(split) and (theirs := class_folders(self.root / split)) != names:
-                only = {train: set(names) - set(theirs), self.root / split: set(theirs) - set(names)}
+            found = ", ".join(names) or "none"
+            problems.append(f"{train} needs a folder for each of two or more classes, but has {found}")
+        for folder in (self.root / split for split in filter(self._has, SPLITS)):
+            if empty := empty_folders(folder):
+                problems.append(
+                    f"no image in the class folders {some_of(empty)} of {folder}; add images or remove the folders"
+                )
+            if (theirs := class_folders(folder)) != names:
+                only = {train: set(names) - set(theirs), folder: set(theirs) - set(names)}
                 told = " and ".join(
                     f"only {place} has {some_of(sorted(extra))}" for place, extra in only.items() if extra
                 )
-                raise ValueError(
-                    f"{self.root / split} and {train} must have the same class folders, but {told}; add or remove these"
+                problems.append(
+                    f"{folder} and {train} must have the same class folders, but {told}; add or remove these"
                 )
+        if problems:
+            raise ValueError("\n".join(problems))
         for split in filter(self._has, SPLITS):
             if loose := sum(map(is_image, (self.root / split).iterdir())):
                 warnings.warn(f"{loose} images in {self.root / split} are in no class folder: left out", stacklevel=3)

@@ -61,17 +61,13 @@ def find_images(path: Path) -> list[Path]:
 
 
 def class_folders(folder: Path) -> list[str]:
-    """Return the sorted names of the class folders in a split's folder.
+    """Return the sorted names of the class folders in a split's folder."""
+    return sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
 
-    Raises:
-        ValueError: a class folder holds no image.
-    """
-    names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-    if empty := [name for name in names if next(images_in(folder / name), None) is None]:
-        raise ValueError(
-            f"no image in the class folders {some_of(empty)} of {folder}; add images or remove the folders"
-        )
-    return names
+
+def empty_folders(folder: Path) -> list[str]:
+    """Return the names of the class folders that hold no image."""
+    return [name for name in class_folders(folder) if next(images_in(folder / name), None) is None]
 
 
 def decode(file: Path, transform: ImageTransform) -> Tensor:
@@ -167,8 +163,9 @@ def images_in(folder: Path) -> Iterator[Path]:
 
 
 def is_image(file: Path) -> bool:
-    # Copying from a Mac leaves "._name.jpg" beside "name.jpg".
-    return file.suffix.lower() in IMG_EXTENSIONS and not file.name.startswith(".") and file.is_file()
+    # Copying from a Mac leaves "._name.jpg" beside "name.jpg". A link to what is not there is an image that is missing.
+    named = file.suffix.lower() in IMG_EXTENSIONS and not file.name.startswith(".")
+    return named and (file.is_file() or (file.is_symlink() and not file.exists()))
 
 
 def _is_hidden(path: Path) -> bool:

@@ -50,7 +50,7 @@ class Share:
 
     Batch ``b`` of all processes together is batch ``b`` of a single process whose batches are as large as theirs
     together. In evaluation no image has two processes, and all have equally many batches, which strategies that shard a
-    network need.
+    network need, and none is empty: where single images do not come out even, a batch has two.
 
     Args:
         images: how many there are.
@@ -60,11 +60,19 @@ class Share:
         drop_last: whether a last, smaller batch is left out.
         processes, rank: how many processes share the images, and which of them this is.
         seed: of the order.
+
+    Raises:
+        ValueError: fewer images than processes, in evaluation.
     """
 
     def __init__(
         self, images: int, batch_size: int, *, shuffle: bool, drop_last: bool, processes: int, rank: int, seed: int
     ) -> None:
+        if images < processes and not shuffle:
+            raise ValueError(
+                f"{images} images are too few for {processes} processes, each of which measures some: add images, or "
+                "use fewer processes (--trainer.devices)"
+            )
         self.images = images
         self.batch_size = batch_size
         self.shuffle = shuffle
@@ -82,7 +90,8 @@ class Share:
     def __len__(self) -> int:
         largest = -(-self.images // self.processes)
         whole, rest = divmod(largest, self.batch_size)
-        return whole + (rest > 0 and not self.drop_last)
+        batches = whole + (rest > 0 and not self.drop_last)
+        return batches if self.shuffle else min(batches, self.images // self.processes)
 
     def __iter__(self) -> Iterator[list[int]]:
         return iter([batch.tolist() for batch in self._batches()[self.start : len(self)]])
@@ -135,13 +144,13 @@ class Loader:
 
     def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
         self.sampler.start = 0
-        yield from self._read()
+        yield from self._read(list(self.sampler))
 
-    def _read(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def _read(self, batches: list[list[int]]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the images and labels of these batches, which are those that ``sampler`` gives."""
         if self.reader is not None:
             yield from self.reader
             return
-        batches = list(self.sampler)
         # The whole order at once, for a device has to be waited for at each copy.
         order = torch.tensor(list(chain(*batches)), dtype=torch.int64, device=self.dataset.images.device)
         for indices in order.split(list(map(len, batches))):
@@ -169,7 +178,8 @@ class TrainingLoader(Loader):
         share = self.sampler
         share.start = self.done = self.resumed.pop(share.epoch, 0)
         self.resumed.clear()
-        for indices, (images, labels) in zip(list(share), self._read(), strict=True):
+        batches = list(share)
+        for indices, (images, labels) in zip(batches, self._read(batches), strict=True):
             self.done += 1
             yield images, labels, key_of(share.seed, share.epoch, torch.tensor(indices))
         # Without a trainer that counts the epochs, the next one still has another order.

@@ -57,5 +57,9 @@ def _read(record: Path) -> dict[str, list[int]]:
 
 
 def _stamp(file: Path) -> list[int]:
-    status = file.stat()
+    """Return a file's size and time; neither of one that cannot be reached."""
+    try:
+        status = file.stat()
+    except OSError:
+        return []
     return [status.st_size, status.st_mtime_ns]

@@ -4,6 +4,7 @@ A key is a 64-bit integer (int64) hashed from whole numbers such as seed, epoch 
 they are the same in any batch, process and worker, and on any device.
 """
 
+import os
 import random
 
 import torch
@@ -22,6 +23,11 @@ def key_of(*parts: int | Tensor) -> Tensor:
     for part in parts:
         key = _scrambled(key ^ _scrambled(torch.as_tensor(part, dtype=torch.int64)))
     return key
+
+
+def run_seed() -> int:
+    """Return the seed that Lightning was given for this run (``--seed_everything``); -1 if it was given none."""
+    return int(os.environ.get("PL_GLOBAL_SEED", -1))
 
 
 def seed_of(*parts: int) -> int:

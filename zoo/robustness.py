@@ -14,9 +14,10 @@ from torch import Tensor
 import zoo
 from operators.lookup import unknown_name
 from zoo.checkpoints import read_config, write_whole
-from zoo.classifier import check_data, origin
+from zoo.classifier import check_data
 from zoo.data import ImageData
 from zoo.models import ModelSpec, is_plain
+from zoo.origin import origin
 from zoo.probes import AT_SEVERAL_EPS, ATTACKS, EFFORTS, GRADIENT_ATTACKS, PROBES, Subject, exact_arithmetic
 
 # In units of pixels in [0, 1]: the largest change of a pixel unless another is asked for, those at which FGSM and BIM

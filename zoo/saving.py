@@ -51,11 +51,12 @@ class SafeCheckpointIO(TorchCheckpointIO):
 
 
 class LastCheckpoint(Checkpoint):
-    """Save the run as last.ckpt at the end of each epoch and before it stops; the one before is kept as previous.ckpt.
+    """Save the run as last.ckpt at the end of each epoch, before it validates and before it stops.
 
-    At SIGTERM, which clusters send before they take a machine away, and at Ctrl-C (SIGINT), the optimiser's step that
-    is under way is finished and saved, and the process exits with status 143 or 130. A second signal stops at once. The
-    end of ``max_time`` or ``max_steps`` within an epoch is saved likewise.
+    The one before is kept as previous.ckpt. At SIGTERM, which clusters send before they take a machine away, and at
+    Ctrl-C (SIGINT), the optimiser's step that is under way is finished and saved, and the process exits with status 143
+    or 130; a validation that is under way is broken off, and begun again by the run that goes on. A second signal stops
+    at once. The end of ``max_time`` or ``max_steps`` within an epoch is saved likewise.
 
     Args:
         every_n_steps: save after so many optimiser steps, too; by default at the end of epochs alone.
@@ -74,6 +75,8 @@ class LastCheckpoint(Checkpoint):
         # The optimiser's steps at the last save of this process, and at the end of the last batch.
         self.saved_step: int | None = None
         self.seen_step = 0
+        # Whether what is being saved has yet to be validated, if that is due at its step.
+        self.unvalidated = False
 
     def setup(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
         folder = self._folder(trainer)
@@ -94,27 +97,44 @@ class LastCheckpoint(Checkpoint):
         if trainer.global_step == self.seen_step:
             return
         self.seen_step = trainer.global_step
-        told, last = self._is_told(trainer), trainer.is_last_batch
+        told = self._is_told(trainer)
+        # What follows the last batch of an epoch at once, validation or the end of the epoch, saves.
+        if trainer.is_last_batch:
+            return
         loop = trainer.fit_loop
         ends = (trainer.should_stop and loop._can_stop_early) or 0 < trainer.max_steps <= trainer.global_step
         due = self.every_n_steps is not None and trainer.global_step % self.every_n_steps == 0
-        if told or ((due or ends) and not last):
-            self._save(trainer)
-        if ends and not last:
-            # Lightning would validate now, and what it finds would be in no checkpoint.
+        if told or due or ends:
+            self._save(trainer, unvalidated=True)
+        if ends:
+            # Lightning would validate now, although the time is up.
             loop.epoch_loop._skip_next_val = True
             warnings.filterwarnings("ignore", message=".*could not find the monitored key")
             self._tell(trainer)
-        # The end of an epoch follows its last batch at once, after the validation images.
-        if told and not last:
+        if told:
             self._leave(trainer)
+
+    def on_validation_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        if _is_training(trainer):
+            self._save(trainer, unvalidated=True)
+            self._leave_if_told(trainer)
+
+    def on_validation_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
+        if _is_training(trainer):
+            self._leave_if_told(trainer)
 
     def on_train_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         # Of an epoch that was broken off, Lightning would not go on with the rest if it were saved now.
         if trainer.is_last_batch or trainer.global_step != self.saved_step:
             self._save(trainer)
-        if self._is_told(trainer):
-            self._leave(trainer)
+        self._leave_if_told(trainer)
+
+    def on_save_checkpoint(self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        if self.unvalidated:
+            # Lightning begins a validation that is due if its first batch seems to be under way (2.6).
+            progress = checkpoint["loops"]["fit_loop"]["epoch_loop.val_loop.batch_progress"]
+            progress["total"] = {"ready": 1, "started": 1, "processed": 0, "completed": 0}
+            progress["current"] = dict.fromkeys(progress["current"], 0)
 
     def on_exception(self, trainer: L.Trainer, module: L.LightningModule, exception: BaseException) -> None:
         if trainer.state.fn == "fit" and isinstance(exception, KeyboardInterrupt | SystemExit):
@@ -141,18 +161,24 @@ class LastCheckpoint(Checkpoint):
         else:
             rank_zero_info("nothing is kept, for nothing was saved yet")
 
+    def _leave_if_told(self, trainer: L.Trainer) -> None:
+        if self._is_told(trainer):
+            self._leave(trainer)
+
     def _is_told(self, trainer: L.Trainer) -> bool:
         """Return whether any process was told to stop; all must save together."""
         return trainer.strategy.reduce_boolean_decision(self.received is not None, all=False)
 
-    def _save(self, trainer: L.Trainer) -> None:
+    def _save(self, trainer: L.Trainer, unvalidated: bool = False) -> None:
         if trainer.fast_dev_run:
             return
         last = Path(self._folder(trainer)) / LAST
         draft = last.with_name(f"{LAST}.part")
         first, self.saved_step = self.saved_step is None, trainer.global_step
         # With the optimiser's state, which is the default, but Lightning tells each time if it is not said.
+        self.unvalidated = unvalidated
         trainer.save_checkpoint(draft, weights_only=False)
+        self.unvalidated = False
         if trainer.is_global_zero:
             # What a run has gone on without, for it is damaged, does not take the place of what it has gone on with.
             if last.exists() and not (first and damage_of(last)):
@@ -172,6 +198,11 @@ class LastCheckpoint(Checkpoint):
     def _folder(self, trainer: L.Trainer) -> str | None:
         """Return where ``ModelCheckpoint`` writes; None as long as it does not know itself."""
         return next(callback.dirpath for callback in trainer.callbacks if isinstance(callback, ModelCheckpoint))
+
+
+def _is_training(trainer: L.Trainer) -> bool:
+    """Whether a validation is part of a training, and not the trial that may precede it."""
+    return trainer.state.fn == "fit" and not trainer.sanity_checking
 
 
 def damage_of(path: Path) -> str | None:

@@ -19,10 +19,10 @@ import yaml
 import zoo
 from zoo.callbacks import EpochLines, StopInTime
 from zoo.checkpoints import CONFIG, PRETRAINED, put_in_place, read_config, write_whole
-from zoo.classifier import read_lightning_checkpoint, read_record
 from zoo.cli import run
 from zoo.data import ImageData
 from zoo.export import export, recorded_data
+from zoo.lightning_checkpoints import read_lightning_checkpoint, record_of
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 WORK = Path("outputs/zoo")
@@ -106,7 +106,7 @@ class Trained:
 
     def images(self) -> ImageData:
         """Return the images, those that the checkpoint records if nothing was left to train."""
-        return self.data or recorded_data(read_record(read_lightning_checkpoint(self.checkpoint))["data"], root=None)
+        return self.data or recorded_data(record_of(self.checkpoint)["data"], root=None)
 
 
 def train(
@@ -177,7 +177,7 @@ def is_finished(checkpoint: Path) -> bool:
     """Say whether a Lightning checkpoint is the end of its training; one that is not there is not."""
     if not checkpoint.exists():
         return False
-    record = read_record(read_lightning_checkpoint(checkpoint))
+    record = record_of(checkpoint)
     return record["training"]["epochs"] >= record["trainer"]["max_epochs"]
 
 
