@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -144,6 +145,48 @@ def test_a_signal_to_the_first_process_stops_and_saves_all(tmp_path):
         assert run.wait(60) == 128 + signal.SIGTERM
     assert read_lightning_checkpoint(last)["global_step"] % 40
     assert_same_weights(whole, train(tmp_path, "ddp", *options), rtol=0, atol=0)
+
+
+# The second process is where it cannot hear that the first one fails, as NCCL's are.
+WAITING = """
+import os
+import resource
+import time
+
+import lightning as L
+
+from zoo.cli import readable_errors, run
+
+
+class Wait(L.Callback):
+    def on_validation_start(self, trainer, module):
+        if trainer.global_rank:
+            print("waiting", os.getpid(), flush=True)
+            time.sleep(600)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+
+
+with readable_errors():
+    run(callbacks=[Wait()])
+"""
+
+
+def test_a_full_disk_ends_all_processes(tmp_path):
+    script = tmp_path / "train.py"
+    script.write_text(WAITING)
+    words = command(tmp_path, "ddp")
+    words[1] = str(script)
+    settings = {"cwd": tmp_path, "env": environment(tmp_path), "capture_output": True, "text": True}
+    run = subprocess.run(words, timeout=120, **settings)
+    assert run.returncode == 1 and re.search(
+        r"^error: .*last\.ckpt was not saved \(.*File too large", run.stderr, re.MULTILINE
+    )
+    (waiting,) = re.findall(r"waiting (\d+)", run.stdout)
+    with pytest.raises(ProcessLookupError):
+        for _ in range(100):
+            os.kill(int(waiting), 0)
+            time.sleep(0.1)
+    assert not list(tmp_path.rglob("*.part"))
 
 
 def test_one_process_examines_the_images_and_the_others_take_its_word(tmp_path):

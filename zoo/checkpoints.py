@@ -35,6 +35,9 @@ PRETRAINED = Path(__file__).parent / "pretrained"
 # Names of checkpoints too large to embed, with the repository and the commit that have them.
 PUBLISHED = PRETRAINED / "published.json"
 
+# How the name of a file ends that is being written, before it is put in its place.
+DRAFT = ".part"
+
 # Fields of config.json that may come after the weights.
 RECORDED = ("licence", "measured_on", "metrics", "robustness", "speed")
 
@@ -449,7 +452,7 @@ _FIELDS: dict[str, type | tuple[type, ...]] = {
 def replacing(path: Path) -> Iterator[Path]:
     """Give a file beside ``path`` to be written, which takes its place, or is removed if an error is raised."""
     # Of its own, for another process may write the same.
-    draft = path.with_name(f"{path.name}.{os.getpid()}.part")
+    draft = path.with_name(f"{path.name}.{os.getpid()}{DRAFT}")
     try:
         yield draft
         draft.replace(path)

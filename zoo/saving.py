@@ -1,7 +1,9 @@
 """Saving a run so that nothing is lost: whole files, the last two checkpoints, and stops that save first."""
 
+import atexit
 import os
 import shlex
+import shutil
 import signal
 import threading
 import warnings
@@ -16,7 +18,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 
-from zoo.checkpoints import replacing
+from zoo.checkpoints import DRAFT, replacing
 
 LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
 # What a shell gives a program that a signal has stopped: 128 and the signal's number.
@@ -40,13 +42,20 @@ class SafeCheckpointIO(TorchCheckpointIO):
             return
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
+        named = str(path).removesuffix(DRAFT)
         with replacing(path) as draft:
             with draft.open("wb") as file:
-                torch.save(checkpoint, file)
+                try:
+                    torch.save(checkpoint, file)
+                # What torch makes of an error of the disk, when it closes what it could not write.
+                except RuntimeError as error:
+                    free = shutil.disk_usage(path.parent).free / 2**20
+                    reason = error.__context__ or error
+                    raise OSError(f"{named} was not saved ({reason}); {free:,.0f} MiB are free there") from error
                 file.flush()
                 os.fsync(file.fileno())
             if damage := damage_of(draft):
-                raise OSError(f"{path} was not saved, for what was written could not be read back ({damage})")
+                raise OSError(f"{named} was not saved, for what was written could not be read back ({damage})")
         _sync(path.parent)
 
 
@@ -81,7 +90,7 @@ class LastCheckpoint(Checkpoint):
     def setup(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
         folder = self._folder(trainer)
         if stage == "fit" and folder and trainer.is_global_zero:
-            for litter in Path(folder).glob("*.ckpt*.part"):
+            for litter in Path(folder).glob(f"*.ckpt*{DRAFT}"):
                 litter.unlink()
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
@@ -139,6 +148,9 @@ class LastCheckpoint(Checkpoint):
     def on_exception(self, trainer: L.Trainer, module: L.LightningModule, exception: BaseException) -> None:
         if trainer.state.fn == "fit" and isinstance(exception, KeyboardInterrupt | SystemExit):
             self._tell(trainer)
+        elif trainer.strategy.launcher is not None:
+            # Those that this process has started may wait for it, with NCCL for half an hour. Its error is told first.
+            atexit.register(trainer.strategy.launcher.kill, signal.SIGKILL)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self.received = number
@@ -173,7 +185,7 @@ class LastCheckpoint(Checkpoint):
         if trainer.fast_dev_run:
             return
         last = Path(self._folder(trainer)) / LAST
-        draft = last.with_name(f"{LAST}.part")
+        draft = last.with_name(LAST + DRAFT)
         first, self.saved_step = self.saved_step is None, trainer.global_step
         # With the optimiser's state, which is the default, but Lightning tells each time if it is not said.
         self.unvalidated = unvalidated
@@ -217,7 +229,7 @@ def damage_of(path: Path) -> str | None:
 
 def _keep(file: Path, other: Path) -> None:
     """Give a file another name, too, so that at no time it has none; where there are no links, it is renamed."""
-    link = other.with_name(f"{other.name}.part")
+    link = other.with_name(other.name + DRAFT)
     link.unlink(missing_ok=True)
     try:
         os.link(file, link)
