@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -140,9 +141,13 @@ def test_a_run_goes_on_with_its_own_seed(run):
 
 
 def test_a_trainer_that_would_do_nothing_is_refused(run):
-    for name, value in {"accumulate_grad_batches": 0, "max_epochs": 0, "max_steps": 0}.items():
-        status, _, errors = run("fit", *SHORT, f"--trainer.{name}={value}")
-        assert status == 1 and f"--trainer.{name} must be at least 1" in errors and f"got {value}" in errors
+    steps, shares = (
+        ("accumulate_grad_batches", "max_epochs", "max_steps"),
+        ("val_check_interval", "limit_train_batches"),
+    )
+    for name in (*steps, *shares, "check_val_every_n_epoch"):
+        status, _, errors = run("fit", *SHORT, f"--trainer.{name}=0")
+        assert status == 1 and re.search(f"--trainer.{name} must be (at least 1|more than 0).*, got 0", errors), name
     status, _, errors = run("fit", *SHORT, "--trainer.gradient_clip_val=-1")
     assert status == 1 and "--trainer.gradient_clip_val must not be negative, got -1" in errors
 
@@ -160,7 +165,7 @@ def test_a_run_that_has_ended_is_told_to_be_one(run):
     before = torch.load(path, weights_only=True)["global_step"]
     status, _, _ = run("fit", *SHORT[2:], "--ckpt_path", path)
     assert status == 0 and torch.load(path, weights_only=True)["global_step"] == before
-    assert f"nothing was trained: {path} is of a run that had ended, after 1 epochs; to train on" in run.told()
+    assert f"nothing was trained: {path} is of a run that had ended, at step " in run.told()
     run("fit", *SHORT[2:], "--ckpt_path", path, "--trainer.max_epochs=2")
     assert "nothing was trained" not in run.told()
 
@@ -203,8 +208,44 @@ def test_a_folder_with_another_run_is_left_alone(run):
     path = fit(run)
     before = path.read_bytes()
     status, _, errors = run("fit", *SHORT, "--checkpoint.dirpath", "run", "--model.warmup=0.2")
-    assert status == 1 and "run/last.ckpt is another run's, begun by: python train.py fit " in errors
+    assert status == 1 and "run/last.ckpt is of another command: python train.py fit " in errors
     assert path.read_bytes() == before
+
+
+def test_a_best_checkpoint_alone_is_not_overwritten(run):
+    path = fit(run)
+    for name in ("last.ckpt", "previous.ckpt"):
+        path.with_name(name).unlink()
+    before = path.with_name("best.ckpt").read_bytes()
+    status, _, errors = run("fit", *SHORT, "--checkpoint.dirpath", "run")
+    assert status == 1 and "run/best.ckpt is another run's, and would be overwritten" in errors
+    assert path.with_name("best.ckpt").read_bytes() == before
+
+
+def test_a_copied_run_knows_its_best_checkpoint(run):
+    def best(path):
+        callbacks = torch.load(path, weights_only=True)["callbacks"]
+        return next(state for name, state in callbacks.items() if name.startswith("ModelCheckpoint"))
+
+    before = best(fit(run))
+    shutil.copytree("run", "copy")
+    status, _, errors = run("fit", *SHORT[2:], "--ckpt_path", "copy/last.ckpt", "--trainer.max_epochs=2")
+    assert status == 0, errors
+    assert {path.name for path in Path("copy").glob("*.ckpt")} == {"best.ckpt", "last.ckpt", "previous.ckpt"}
+    after = best("copy/last.ckpt")
+    assert Path(after["best_model_path"]) == Path("copy/best.ckpt").resolve() and len(after["best_k_models"]) == 1
+    assert after["best_model_score"] >= before["best_model_score"]
+
+
+def test_commands_that_differ_in_a_folder_are_not_the_same(run, tmp_path):
+    commands = [
+        ("fit", *SHORT, "--checkpoint.dirpath=run", f"--trainer.default_root_dir={tmp_path / place / 'logs'}")
+        for place in "ab"
+    ]
+    assert run(*commands[0])[0] == 0
+    status, _, errors = run(*commands[1])
+    assert status == 1 and "run/last.ckpt is of another command" in errors
+    assert run(*commands[0])[0] == 0
 
 
 def test_settings_that_contradict_the_checkpoint_are_refused(run):

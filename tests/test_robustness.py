@@ -491,6 +491,13 @@ def test_the_page_shows_the_smoothness_that_was_measured():
     assert reports.filled(page, benchmark.blocks(), others=r"\w+") == page
 
 
+def test_what_is_right_within_a_distance_counts_all_images():
+    efforts = torch.tensor([0.0, 0.2, 0.5, 0.6, float("inf")])
+    table = effort_table([Result({"checkpoint": "digits_cnn6_conv", "eps": EPS}, {"ddn": efforts})], {})
+    header, _, row = ([cell.strip() for cell in line.split("|")] for line in table.splitlines())
+    assert header[-2] == "right within 0.5, %" and row[-2].startswith("40.0 (") and row[2] == "4 of 5"
+
+
 def test_efforts_that_other_attacks_found_are_not_compared():
     def result(operator, *attacks):
         about = {"checkpoint": f"digits_cnn6_{operator}", "content": "same", "eps": 0.1}

@@ -1,5 +1,6 @@
 """Going on to the bit, saving that loses nothing, and stops that save."""
 
+import contextlib
 import hashlib
 import itertools
 import os
@@ -76,13 +77,15 @@ def fit(folder, data, *callbacks, ckpt_path=None, **arguments):
     classifier = Classifier(**settings)
     defaults = {"max_epochs": EPOCHS, "limit_train_batches": BATCHES, "limit_val_batches": 1, "devices": 1}
     arguments = {"accelerator": "cpu", "plugins": SafeCheckpointIO(), **defaults, **arguments}
-    best = L.pytorch.callbacks.ModelCheckpoint(folder, filename="best", monitor="val_accuracy", mode="max")
+    settings = {"monitor": "val_accuracy", "mode": "max", "enable_version_counter": False}
+    best = L.pytorch.callbacks.ModelCheckpoint(folder, filename="best", **settings)
     trainer = L.Trainer(
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,
-        callbacks=[LastCheckpoint(), best, OtherDraws(), *callbacks],
+        # As the command line has them.
+        callbacks=[OtherDraws(), *callbacks, best, LastCheckpoint()],
         **arguments,
     )
     trainer.fit(classifier, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
@@ -161,6 +164,49 @@ def test_accumulated_gradients_are_finished_before_a_stop(tmp_path):
         assert digest(resumed) == whole
 
 
+class Enough(L.Callback):
+    """Stops a run after a batch, as the end of its time does, or in the validation after it."""
+
+    def __init__(self, epoch, batch, validating=False):
+        self.place, self.validating = (epoch, batch), validating
+
+    def stop(self, trainer, validating):
+        here = trainer.current_epoch, trainer.fit_loop.epoch_loop.batch_idx
+        trainer.should_stop |= (here, validating) == (self.place, self.validating)
+
+    def on_train_batch_end(self, trainer, *_):
+        self.stop(trainer, validating=False)
+
+    def on_validation_end(self, trainer, module):
+        self.stop(trainer, validating=True)
+
+
+@resumes
+@pytest.mark.parametrize(
+    "stop",
+    [
+        lambda: (Enough(1, 2), None),
+        lambda: (Validations(step=4, fails=True), OSError),
+        lambda: (Validations(step=4), SystemExit),
+        lambda: (StopAt(1, 2), SystemExit),
+    ],
+    ids=["time", "killed in validation", "signal in validation", "signal"],
+)
+def test_what_stops_between_two_steps_loses_no_gradient(stop, tmp_path):
+    """Validation after the third batch of five, two of which make a step."""
+
+    def train(folder, *callbacks, path=None):
+        settings = {"accumulate_grad_batches": 2, "val_check_interval": 3, "limit_val_batches": 3, "ckpt_path": path}
+        return fit(folder, Digits(batch_size=16), *callbacks, **settings)
+
+    whole = digest(train(tmp_path / "whole"))
+    stopping, error = stop()
+    with pytest.raises(error) if error else contextlib.nullcontext():
+        train(tmp_path / "run", stopping)
+    assert read_lightning_checkpoint(tmp_path / "run/last.ckpt")["global_step"] < 3 * EPOCHS
+    assert digest(train(tmp_path / "run", path=tmp_path / "run/last.ckpt")) == whole
+
+
 @resumes
 @pytest.mark.parametrize(
     "arguments", [{"max_steps": 7, "max_epochs": -1}, {"max_time": {"milliseconds": 1}}], ids=["max_steps", "max_time"]
@@ -205,8 +251,9 @@ class Validations(L.Callback):
         (2, lambda: (Validations(step=BATCHES + 2), SystemExit)),
         (2, lambda: (Validations(step=BATCHES + 2, fails=True), OSError)),
         (1.0, lambda: (StopAt(1, BATCHES - 1), SystemExit)),
+        (2, lambda: (StopAt(1, 1), SystemExit)),
     ],
-    ids=["signal", "signal within an epoch", "killed within an epoch", "signal just before"],
+    ids=["signal", "signal within an epoch", "killed within an epoch", "signal just before", "just before within"],
 )
 @pytest.mark.parametrize("settings", [SETTINGS["learned"], SETTINGS["averaged"]], ids=["learned", "averaged"])
 def test_a_validation_that_is_broken_off_is_begun_again(interval, stop, settings, tmp_path):
@@ -221,19 +268,18 @@ def test_a_validation_that_is_broken_off_is_begun_again(interval, stop, settings
         train(tmp_path / "run", first, stopping)
     assert digest(train(tmp_path / "run", rest, path=tmp_path / "run/last.ckpt")) == whole
     assert first.found and first.found + rest.found == uninterrupted.found
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"best.ckpt", "last.ckpt", "previous.ckpt"}
+    scores = (torch.load(tmp_path / name / "best.ckpt", weights_only=True)["global_step"] for name in ("run", "whole"))
+    assert len(set(scores)) == 1
 
 
 @resumes
 def test_what_a_validation_stops_within_an_epoch_goes_on_within_it(tmp_path):
-    class Enough(L.Callback):
-        def on_validation_end(self, trainer, module):
-            trainer.should_stop = trainer.global_step == BATCHES + 2
-
     def train(folder, *callbacks, path=None):
         return fit(folder, Digits(batch_size=16), *callbacks, val_check_interval=2, ckpt_path=path)
 
     whole = digest(train(tmp_path / "whole"))
-    train(tmp_path / "run", Enough())
+    train(tmp_path / "run", Enough(1, 1, validating=True))
     assert read_lightning_checkpoint(tmp_path / "run/last.ckpt")["global_step"] == BATCHES + 2
     assert digest(train(tmp_path / "run", path=tmp_path / "run/last.ckpt")) == whole
 
@@ -337,6 +383,18 @@ def test_what_cannot_be_read_back_takes_no_place(tmp_path, monkeypatch):
     assert torch.load(path)["step"].sum() == 0 and len(list(tmp_path.iterdir())) == 1
 
 
+def test_any_changed_bit_is_damage(tmp_path):
+    path = tmp_path / "last.ckpt"
+    SafeCheckpointIO().save_checkpoint({"decoupled_zoo": {}, "layer": torch.arange(3.0)}, path)
+    assert damage_of(path) is None and read_lightning_checkpoint(path)["layer"].tolist() == [0, 1, 2]
+    whole = path.read_bytes()
+    for place in range(len(whole)):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << place % 8]) + whole[place + 1 :])
+        if damage_of(path) is None:
+            # Of the seal's own first letters or length: all before it is as it was.
+            assert torch.load(path)["layer"].tolist() == [0, 1, 2] and place >= len(whole) - 60, place
+
+
 @resumes
 @pytest.mark.parametrize("damage", ["missing", "empty", "one bit"])
 def test_a_run_goes_on_with_the_checkpoint_before_a_damaged_one(damage, tmp_path):
@@ -360,9 +418,11 @@ def test_a_run_goes_on_with_the_checkpoint_before_a_damaged_one(damage, tmp_path
     # What was damaged has not taken the place of what was sound.
     assert (tmp_path / "previous.ckpt").read_bytes() == before
     assert digest(fit(tmp_path, Digits(batch_size=16), ckpt_path=last)) == whole
-    (tmp_path / "previous.ckpt").unlink()
     last.write_bytes(b"")
-    with pytest.raises(ValueError, match="it is damaged, or another kind of file; use another checkpoint"):
+    (tmp_path / "previous.ckpt").write_bytes(b"")
+    with pytest.raises(
+        ValueError, match=r"last\.ckpt cannot be read .*it is damaged, or another kind of file; use another checkpoint"
+    ):
         usable_checkpoint(last)
 
 
@@ -393,11 +453,11 @@ def weights(path):
 def test_the_same_command_goes_on_after_a_signal(tmp_path):
     assert train_py(tmp_path / "whole")[0] == 0
     whole = weights(tmp_path / "whole/last.ckpt")
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         folder = tmp_path / number.name
         status, told = train_py(folder, stop=number)
         assert status == 128 + number, told
-        assert "finishing the step to save it" in told and "to go on, give the same command again" in told
+        assert "saving before stopping" in told and "to go on, give the same command again" in told
         saved = read_lightning_checkpoint(folder / "last.ckpt")
         assert f"last.ckpt holds step {saved['global_step']};" in told and saved["global_step"] % 80
         status, told = train_py(folder)

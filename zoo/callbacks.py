@@ -84,7 +84,8 @@ class MovingAverage(WeightAveraging):
         # Lightning asks callbacks first, but the network, of which the average is a copy, follows from the data.
         module.setup(stage)
         if stage == "fit":
-            settings = {"device": module.device, "use_buffers": self._use_buffers, **self._kwargs}
+            # The module is not there yet.
+            settings = {"device": trainer.strategy.root_device, "use_buffers": self._use_buffers, **self._kwargs}
             self._average_model = AveragedModel(module, **settings)
 
     def on_load_checkpoint(self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict[str, Any]) -> None:

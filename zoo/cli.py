@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import hashlib
 import inspect
 import json
 import logging
@@ -28,7 +29,7 @@ from zoo.classifier import Classifier
 from zoo.data import DATA, ImageData
 from zoo.image_files import unreadable
 from zoo.lightning_checkpoints import record_of, usable_checkpoint
-from zoo.saving import LAST, PREVIOUS, STOPPED, LastCheckpoint, SafeCheckpointIO
+from zoo.saving import LAST, PREVIOUS, SIGNALS, STOPPED, LastCheckpoint, SafeCheckpointIO, best_checkpoint
 from zoo.sources import shape_of
 
 # Lightning's advertisement, and a deprecated function that it calls itself.
@@ -47,7 +48,7 @@ CURABLE = (
     MisconfigurationException,
 )
 
-INTERRUPTED, TERMINATED = STOPPED + signal.SIGINT, STOPPED + signal.SIGTERM
+INTERRUPTED = STOPPED + signal.SIGINT
 
 TRAINER_DEFAULTS = {
     "max_epochs": 40,
@@ -88,6 +89,8 @@ class ZooCLI(LightningCLI):
                 "checkpoint.monitor": "val_accuracy",
                 "checkpoint.mode": "max",
                 "checkpoint.filename": "best",
+                # A run that goes on writes it again, and no best-v1.ckpt beside it.
+                "checkpoint.enable_version_counter": False,
                 "data": {"class_path": "zoo.data.Digits"},
             }
         )
@@ -97,6 +100,8 @@ class ZooCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         arguments = sys.argv[1:] if args is None else list(args)
         self.command = command_of("python", "train.py", *arguments)
+        # Two commands that name other folders can be alike as they are recorded.
+        self.words = hashlib.sha256(json.dumps(arguments).encode()).hexdigest()
         subcommand = next((place for place, word in enumerate(arguments, 1) if word in self.subcommands()), 0)
         self.config = self._parsed(parser, arguments, subcommand)
         if left := self._left_by_the_same_command():
@@ -113,7 +118,7 @@ class ZooCLI(LightningCLI):
         try:
             return parser.parse_args(arguments)
         except argparse.ArgumentError as error:
-            if unknown := re.search(r"Expected a dot import path string: (\S+)", str(error)):
+            if unknown := re.search(r'key "data"[\s\S]*Expected a dot import path string: (\S+)', str(error)):
                 raise ValueError(unknown_name("data set", unknown[1], DATA)) from error
             if unknown := re.search(r"class_path '[\w.]*?(\w+)':\s+Option '(\w+)' is not accepted", str(error)):
                 legal = inspect.signature(look_up(DATA, unknown[1], "data set")).parameters
@@ -135,18 +140,19 @@ class ZooCLI(LightningCLI):
         if not any((folder / name).is_file() for name in (LAST, PREVIOUS)):
             return None
         last = usable_checkpoint(folder / LAST)
-        commands = record_of(last)["training"]["command"].split(" && ")
-        return str(folder / LAST) if commands[-1] == self.command else None
+        return str(folder / LAST) if record_of(last).get("words") == self.words else None
 
     def after_fit(self) -> None:
         if self.trainer.global_step == self.model.resumed_step:
             rank_zero_info(
-                f"nothing was trained: {self.config.fit.ckpt_path} is of a run that had ended, after "
-                f"{self.trainer.current_epoch} epochs; to train on, give it more: --ckpt_path "
-                f"{self.config.fit.ckpt_path} --trainer.max_epochs N"
+                f"nothing was trained: {self.config.fit.ckpt_path} is of a run that had ended, at step "
+                f"{self.trainer.global_step}; to train on, give it more: --ckpt_path {self.config.fit.ckpt_path} "
+                "--trainer.max_epochs N (or max_steps, if that ended it)"
             )
-        checkpoint = self.trainer.checkpoint_callback
-        if checkpoint.best_model_path:
+        checkpoint = best_checkpoint(self.trainer)
+        if not checkpoint.best_model_path:
+            rank_zero_info("no images were validated on, so there is no best.ckpt; last.ckpt has the network")
+        elif checkpoint.best_model_score is not None:
             rank_zero_info(
                 f"best {checkpoint.monitor} {checkpoint.best_model_score:.4f}: "
                 f"{os.path.relpath(checkpoint.best_model_path)}"
@@ -167,9 +173,17 @@ class ZooCLI(LightningCLI):
             if last.exists() or last.with_name(PREVIOUS).exists():
                 record = record_of(usable_checkpoint(last))
                 raise FileExistsError(
-                    f"{last} is another run's, begun by: {record['training']['command']}; give that command to go on "
-                    f"with it, or --ckpt_path {last}, or choose another folder (--checkpoint.dirpath)"
+                    f"{last} is of another command: {record['training']['command']}; to go on with its run, give "
+                    f"--ckpt_path {last}; for a new one, choose another folder (--checkpoint.dirpath)"
                 )
+            best = last.with_name(f"{settings.checkpoint.filename}.ckpt")
+            if best.exists():
+                raise FileExistsError(
+                    f"{best} is another run's, and would be overwritten; move it, or choose another folder "
+                    "(--checkpoint.dirpath)"
+                )
+        if settings.checkpoint.save_last:
+            raise ValueError("leave out --checkpoint.save_last: last.ckpt is always written (--last.every_n_steps)")
         trainer = settings.trainer
         if trainer.accumulate_grad_batches < 1:
             raise ValueError(
@@ -179,9 +193,10 @@ class ZooCLI(LightningCLI):
             raise ValueError(f"--trainer.gradient_clip_val must not be negative, got {trainer.gradient_clip_val}")
         for name in ("max_epochs", "max_steps"):
             if trainer[name] == 0:
-                raise ValueError(
-                    f"--trainer.{name} must be at least 1 (-1 for no end), got 0: nothing would be trained"
-                )
+                raise ValueError(f"--trainer.{name} must be at least 1 (-1 for no end), got 0")
+        for name in ("limit_train_batches", "val_check_interval", "check_val_every_n_epoch"):
+            if trainer[name] == 0:
+                raise ValueError(f"--trainer.{name} must be more than 0, got 0")
         if self.subcommand != "fit" and not settings.ckpt_path and not settings.model.init_from:
             raise ValueError(
                 f"{self.subcommand} needs a trained network: --ckpt_path outputs/.../best.ckpt (what fit wrote), or "
@@ -211,7 +226,7 @@ class ZooCLI(LightningCLI):
         # The trainer takes no plugin of the kind that another one, of --trainer.plugins, is.
         if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             self.trainer.strategy.checkpoint_io = SafeCheckpointIO()
-        self.model.command = self.command
+        self.model.command, self.model.words = self.command, self.words
         if self.shared:
             self.datamodule.share_images(self.shared)
         if self.subcommand == "predict" and self.trainer.world_size > 1:
@@ -362,7 +377,8 @@ def stop_status(error: BaseException) -> int | None:
     # Of a KeyboardInterrupt, Lightning makes exit status 1.
     if isinstance(error, KeyboardInterrupt) or isinstance(error.__context__, KeyboardInterrupt):
         return INTERRUPTED
-    return error.code if isinstance(error, SystemExit) and error.code in (INTERRUPTED, TERMINATED) else None
+    statuses = [STOPPED + number for number in SIGNALS]
+    return error.code if isinstance(error, SystemExit) and error.code in statuses else None
 
 
 def shortened(message: str) -> str:

@@ -67,11 +67,12 @@ def explanation(module: L.LightningModule, images: Tensor, gradients: dict[str, 
     cures = [
         f"lower --model.learning_rate ({module.hparams.learning_rate:g})",
         "limit the gradient (--trainer.gradient_clip_val 1)",
+        "and begin again in another folder, for a run that goes on by the same command comes here again",
     ]
     if "16" in str(module.trainer.precision):
         cures.insert(0, "train in --trainer.precision 32-true")
     advice = diagnose(model, [images]).advice() if decoupled_layers(model) else ()
-    return "; ".join([f"{where} is not finite", *cures, "or go on from the last checkpoint (--ckpt_path)", *advice])
+    return "; ".join([f"{where} is not finite", *cures, *advice])
 
 
 class SkippedSteps(Callback):

@@ -81,7 +81,10 @@ def usable_checkpoint(path: str | os.PathLike[str]) -> str:
     except (FileNotFoundError, ValueError) as error:
         if path.name != LAST or not previous.is_file():
             raise
-        record_of(previous)
+        try:
+            record_of(previous)
+        except (FileNotFoundError, ValueError):
+            raise error from None
         rank_zero_warn(f"{error}; going on with the one before it, {previous}")
         return str(previous)
     return str(path)

@@ -50,7 +50,8 @@ class Share:
 
     Batch ``b`` of all processes together is batch ``b`` of a single process whose batches are as large as theirs
     together. In evaluation no image has two processes, and all have equally many batches, which strategies that shard a
-    network need, and none is empty: where single images do not come out even, a batch has two.
+    network need, and none is empty: of several processes, batches are evened out, and where single images do not come
+    out even, a batch has two.
 
     Args:
         images: how many there are.
@@ -143,7 +144,6 @@ class Loader:
         return len(self.sampler)
 
     def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
-        self.sampler.start = 0
         yield from self._read(list(self.sampler))
 
     def _read(self, batches: list[list[int]]) -> Iterator[tuple[Tensor, Tensor]]:

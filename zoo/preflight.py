@@ -11,7 +11,7 @@ from zoo.checkpoints import write_whole
 from zoo.image_files import decode_each
 from zoo.transforms import ImageTransform
 
-# So many files are opened before what was found is kept.
+# So many files, and then as many as are known, are opened before what was found is kept.
 AT_ONCE = 20_000
 
 
@@ -29,8 +29,9 @@ def examine(files: Sequence[Path], transform: ImageTransform) -> dict[Path, str]
     stamps = {file: _stamp(file) for file in files}
     fresh = [file for file in files if sound.get(str(file.absolute())) != stamps[file]]
     broken: dict[Path, str] = {}
-    for start in range(0, len(fresh), AT_ONCE):
-        part = fresh[start : start + AT_ONCE]
+    while fresh:
+        count = max(AT_ONCE, len(sound))
+        part, fresh = fresh[:count], fresh[count:]
         found = decode_each(part, transform, lambda *_: None)
         broken |= found
         sound |= {str(file.absolute()): stamps[file] for file in part if file not in found}

@@ -152,7 +152,8 @@ def provenance(table: Table, scale: str, results: Results) -> str:
     networks = distinct(_network(result["recipe"]) for result in results)
     lengths = [f"{len(result['epochs'])} epochs of {result['images_per_epoch']:,} images" for result in finished]
     attacked = max(cell.attacked for cell in table.cells(scale))
-    of_these = f" ({attacked} of them attacked, at ε = 8/255)" if attacked > 1 else ""
+    within = "" if "effort" in table.metrics else ", at ε = 8/255"
+    of_these = f" ({attacked} of them attacked{within})" if attacked > 1 else ""
     tested = [f"{result['data']}, {result['test_images']:,} test images{of_these}" for result in finished]
     machines = distinct(f"{result['hardware']}, {result['precision']}" for result in results)
     seeds = len({result["seed"] for result in results})
