@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -131,8 +132,7 @@ def test_a_signal_to_the_first_process_stops_and_saves_all(tmp_path):
     options = ["--trainer.limit_train_batches=40", "--trainer.max_epochs=3"]
     last, previous = tmp_path / "ddp/last.ckpt", tmp_path / "ddp/previous.ckpt"
     whole = train(tmp_path, "ddp", *options)
-    last.unlink()
-    previous.unlink()
+    shutil.rmtree(last.parent)
     with subprocess.Popen(
         command(tmp_path, "ddp", *options), cwd=tmp_path, env=environment(tmp_path), stderr=subprocess.DEVNULL
     ) as run:
