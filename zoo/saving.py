@@ -12,7 +12,7 @@ import warnings
 import zipfile
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, BinaryIO
 
 import lightning as L
 import torch
@@ -277,12 +277,19 @@ def _seal(path: Path) -> None:
         # An archive without a comment ends with the comment's length.
         file.seek(-2, os.SEEK_END)
         file.write(SEAL_LENGTH.to_bytes(2, "little"))
-        file.seek(0)
-        digest = hashlib.file_digest(file, "sha256")
-        file.seek(0, os.SEEK_END)
-        file.write(SEAL + digest.digest())
+        digest = _digest(file, file.seek(0, os.SEEK_END))
+        file.write(SEAL + digest)
         file.flush()
         os.fsync(file.fileno())
+
+
+def _digest(file: BinaryIO, size: int) -> bytes:
+    """Return the SHA-256 of the first ``size`` bytes of a file, behind which it then stands."""
+    digest = hashlib.sha256()
+    file.seek(0)
+    for start in range(0, size, CHUNK):
+        digest.update(file.read(min(CHUNK, size - start)))
+    return digest.digest()
 
 
 def damage_of(path: Path) -> str | None:
@@ -296,11 +303,7 @@ def damage_of(path: Path) -> str | None:
             file.seek(max(0, size))
             seal = file.read()
             if seal.startswith(SEAL):
-                found = hashlib.sha256()
-                file.seek(0)
-                for start in range(0, size, CHUNK):
-                    found.update(file.read(min(CHUNK, size - start)))
-                return None if seal == SEAL + found.digest() else "its SHA-256 is another than when it was written"
+                return None if seal == SEAL + _digest(file, size) else "its SHA-256 is another than when it was written"
         return _broken_part(path)
     except OSError as error:
         return str(error)
