@@ -40,7 +40,7 @@ def measured(name: str) -> dict[str, Any]:
 def table(record: Mapping[str, Any]) -> str:
     """Return for each checkpoint the constants of the network, and the medians over its convolutions."""
     header = ("largest change of the output over that of the input", "network", "pairs of images", "layers, median")
-    header += ("layers, relative to the output",)
+    header += ("layers, median relative to the output",)
     rows = []
     for name, found in record.items():
         layers = [values for layer, values in found["layers"].items() if layer != "network"]

@@ -21,7 +21,7 @@ from zoo.data import Digits
 from zoo.masking import checks, suspected
 from zoo.probes import ATTACKS, EFFORTS, PROBES, Subject
 from zoo.robustness import CURVE_EPS, Ledger, Result, Step, chosen_steps, companions_of, evaluate, protocol
-from zoo.robustness_report import attack_table, check_table, effort_table, headline, ratio_to_twin, report
+from zoo.robustness_report import attack_table, check_table, effort_table, headline, paired_table, ratio_to_twin, report
 from zoo.smoothness import by_layer, smoothness
 
 NAME = "digits_cnn6_tanh_cosine"
@@ -507,3 +507,19 @@ def test_efforts_that_other_attacks_found_are_not_compared():
     for twin, told in ((result("conv", "deepfool"), "1.00 (1.00–1.00)"), (result("conv", "deepfool", "ddn"), "–")):
         row = effort_table([mine], {"digits_cnn6_tanh_cosine": twin}).splitlines()[-1]
         assert row.split("|")[6].strip() == told
+
+
+def test_two_networks_are_compared_image_by_image():
+    def result(name, kept, content="same"):
+        values = {Step(attack, EPS).key: torch.tensor(kept, dtype=torch.float32) for attack in ("fgsm", "pgd")}
+        return Result({"checkpoint": f"digits_cnn6_{name}", "eps": EPS, "content": content}, values)
+
+    plain = result("conv", [1] * 2 + [0] * 8)
+    bounded, other = result("tanh_cosine", [0] + [1] * 9), result("ball_cosine", [0] * 10, content="other")
+    table = paired_table([plain, bounded, other])
+    header, _, *rows = ([cell.strip() for cell in line.split("|")] for line in table.splitlines())
+    assert header[1:4] == ["images kept that conv loses, and the reverse", "tanh_cosine", "ball_cosine"]
+    # Of nine that are right with one of the two, one or fewer with the plain one, and likewise the other way round.
+    p = 2 * (1 + 9) / 2**9
+    assert [row[2:4] for row in rows] == [[f"8, 1 (p = {p:.3f})", "–"]] * 3
+    assert paired_table([plain, result("tanh_cosine", [1] * 2 + [0] * 8)]).count("0, 0 (p = 1.000)") == 3

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from scipy.stats import binomtest
 from torch import Tensor
 
 from zoo.attacks import is_right, pgd
@@ -15,17 +16,19 @@ from zoo.measures import interval
 from zoo.models import ImageModel, is_plain
 from zoo.plots import plot_attacked, plot_curves, plot_efforts
 from zoo.probes import ATTACKS, EFFORTS, STEPS, TITLES, step_size
-from zoo.robustness import PAPER_EPS, Result
+from zoo.robustness import COMPARED, PAPER_EPS, Result, compared_eps
 
 # Of a card, by the names of probes.
 ON_CARDS = {"fgsm": "FGSM", "bim": "BIM", "pgd": "PGD-50×5", "autoattack": "AutoAttack"}
+# Of which two networks are compared image by image, beside the worst case.
+PAIRED = ("fgsm", "pgd")
+WORST = "worst case of each image"
 # Second to the largest change of a pixel, the length of the whole change by which accuracy is told.
 L2_EPS = 0.5
-# For comparison with the paper only; the headline is the worst case.
-COMPARED = ("fgsm", "bim", "bim_quarter")
 
 RESULTS = Path(__file__).resolve().parent.parent / "results" / "robustness"
 # Of which the docs show the results side by side, the plain twin first.
+PARTS = ("robustness", "masking", "paired", "paper")
 FAMILIES = ("cifar10_resnet20", "digits_cnn6", "mnist_cnn6", "mnist_adversarial_cnn6")
 
 
@@ -45,12 +48,16 @@ def family_blocks() -> dict[str, str]:
     blocks = {}
     for family in FAMILIES:
         if not (results := families.get(family)):
-            blocks |= dict.fromkeys((f"robustness_{family}", f"masking_{family}", f"paper_{family}"), "Not measured.")
+            blocks |= dict.fromkeys((f"{part}_{family}" for part in PARTS), "Not measured.")
             continue
         headlines = "\n".join(f"- {headline(result)}" for result in results)
-        blocks[f"robustness_{family}"] = f"{headlines}\n\n{attack_table(results)}"
-        blocks[f"masking_{family}"] = check_table(results)
-        blocks[f"paper_{family}"] = paper_table(results)
+        texts = (
+            f"{headlines}\n\n{attack_table(results)}",
+            check_table(results),
+            paired_table(results),
+            paper_table(results),
+        )
+        blocks |= {f"{part}_{family}": text for part, text in zip(PARTS, texts, strict=True)}
     plain = {family: result for family, results in families.items() for result in results if is_plain(name_of(result))}
     twins = {
         name_of(result): plain[family]
@@ -121,7 +128,7 @@ def attack_table(results: Sequence[Result]) -> str:
         cells = [result.of(attack) for result in results]
         if any(values is not None for values in cells):
             rows.append((TITLES[attack], *("–" if values is None else with_interval(values) for values in cells)))
-    rows.append(("**worst case of each image**", *(f"**{with_interval(result.worst())}**" for result in results)))
+    rows.append((f"**{WORST}**", *(f"**{with_interval(result.worst())}**" for result in results)))
     rows.append(("masked gradients", *map(masking, results)))
     return markdown_table(header, rows)
 
@@ -139,10 +146,36 @@ def check_table(results: Sequence[Result]) -> str:
     return markdown_table(("sign of masked gradients", "at most", *columns(results)), rows)
 
 
+def paired_table(results: Sequence[Result]) -> str:
+    """Return how many images each network keeps that the first one loses, and the other way round.
+
+    With the p-value of the exact sign test (McNemar's): of a difference at least as large if which of two networks that
+    disagree on an image keeps it were a matter of chance.
+    """
+    alike = [result.is_of_the_same_images(results[0]) for result in results]
+    kept = {TITLES[name]: [result.of(name) for result in results] for name in PAIRED}
+    kept[WORST] = [result.worst() for result in results]
+    rows = [
+        (attack, *(paired(first, other) if same else "–" for other, same in zip(others, alike[1:], strict=True)))
+        for attack, (first, *others) in kept.items()
+    ]
+    first, *others = columns(results)
+    return markdown_table((f"images kept that {first} loses, and the reverse", *others), rows)
+
+
+def paired(theirs: Tensor | None, mine: Tensor | None) -> str:
+    """Return how many images of the second only, of the first only are right, and the p-value of the sign test."""
+    if theirs is None or mine is None:
+        return "–"
+    more, fewer = int((mine > theirs).sum()), int((mine < theirs).sum())
+    p = binomtest(more, more + fewer).pvalue if more + fewer else 1.0
+    return f"{more}, {fewer} (p {'< 0.001' if p < 0.001 else f'= {p:.3f}'})"
+
+
 def paper_table(results: Sequence[Result]) -> str:
     """Return the accuracy under FGSM and BIM at several ε, for comparison with the paper, whose ε is not known."""
     rows = []
-    for eps in PAPER_EPS:
+    for eps in compared_eps(results[0].eps):
         for attack in COMPARED:
             shares = [result.accuracy(attack, eps) for result in results]
             if any(share is not None for share in shares):
