@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -128,23 +127,17 @@ def test_shards_go_on_to_the_bit(runs, tmp_path):
     assert_same_weights(trained["fsdp"], resumed, rtol=0, atol=0)
 
 
-def test_a_signal_to_the_first_process_stops_and_saves_all(tmp_path):
-    options = ["--trainer.limit_train_batches=40", "--trainer.max_epochs=3"]
-    last, previous = tmp_path / "ddp/last.ckpt", tmp_path / "ddp/previous.ckpt"
-    whole = train(tmp_path, "ddp", *options)
-    shutil.rmtree(last.parent)
-    with subprocess.Popen(
-        command(tmp_path, "ddp", *options), cwd=tmp_path, env=environment(tmp_path), stderr=subprocess.DEVNULL
-    ) as run:
-        # The first epoch has ended, and its validation.
-        while not previous.exists():
-            assert run.poll() is None
-            time.sleep(0.01)
-        time.sleep(0.3)
-        run.send_signal(signal.SIGTERM)
-        assert run.wait(60) == 128 + signal.SIGTERM
-    assert read_lightning_checkpoint(last)["global_step"] % 40
-    assert_same_weights(whole, train(tmp_path, "ddp", *options), rtol=0, atol=0)
+def test_a_signal_to_the_first_process_stops_and_saves_all(runs, tmp_path):
+    folder = tmp_path / "ddp"
+    words = command(tmp_path, "ddp")
+    words[1] = str(ROOT / "tests/signalled.py")
+    stop = {"SIGNAL": str(int(signal.SIGTERM)), "STEP": str(BATCHES + 2)}
+    stopped = subprocess.run(
+        words, cwd=tmp_path, env={**environment(tmp_path), **stop}, capture_output=True, text=True, timeout=300
+    )
+    assert stopped.returncode == 128 + signal.SIGTERM, stopped.stderr[-3000:]
+    assert read_lightning_checkpoint(folder / "last.ckpt")["global_step"] == BATCHES + 3
+    assert_same_weights(runs[1]["ddp"], train(tmp_path, "ddp"), rtol=0, atol=0)
 
 
 # The second process is where it cannot hear that the first one fails, as NCCL's are.

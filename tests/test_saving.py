@@ -429,20 +429,19 @@ def test_a_run_goes_on_with_the_checkpoint_before_a_damaged_one(damage, tmp_path
 COMMAND = "fit --data Digits --data.batch_size 16 --trainer.max_epochs 3 --checkpoint.dirpath {}"
 
 
-def train_py(folder, *, stop=None):
-    """Run the command, stop it by a signal once an epoch is saved, and return its status and what it told."""
+def start_training(folder, number=None):
+    """Start the command, which is sent a signal of this number at step 100, five quarters of the first epoch."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, str(ROOT / "train.py"), *COMMAND.format(folder).split()]
-    streams = {"stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL}
-    with subprocess.Popen(command, cwd=folder.parent, env=environment, **streams) as run:
-        # It is there when a checkpoint of the epoch's end has followed that of the beginning of validation.
-        while stop and not (folder / "previous.ckpt").exists():
-            assert run.poll() is None
-            time.sleep(0.01)
-        if stop:
-            time.sleep(0.2)
-            run.send_signal(stop)
-        told = run.communicate()[1].decode()
+    stop = {"SIGNAL": str(int(number)), "STEP": "100"} if number else {}
+    command = [sys.executable, str(ROOT / "tests/signalled.py"), *COMMAND.format(folder).split()]
+    streams = {"stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL, "text": True}
+    return subprocess.Popen(command, cwd=folder.parent, env={**environment, **stop}, **streams)
+
+
+def told_by(run):
+    """Return the status of a run that has ended, and what it told."""
+    with run:
+        told = run.communicate(timeout=300)[1]
     return run.returncode, " ".join(told.split())
 
 
@@ -451,19 +450,22 @@ def weights(path):
 
 
 def test_the_same_command_goes_on_after_a_signal(tmp_path):
-    assert train_py(tmp_path / "whole")[0] == 0
-    whole = weights(tmp_path / "whole/last.ckpt")
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        folder = tmp_path / number.name
-        status, told = train_py(folder, stop=number)
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    stopped = {number: start_training(tmp_path / number.name, number) for number in numbers}
+    whole = start_training(tmp_path / "whole")
+    for number, run in stopped.items():
+        status, told = told_by(run)
         assert status == 128 + number, told
         assert "saving before stopping" in told and "to go on, give the same command again" in told
-        saved = read_lightning_checkpoint(folder / "last.ckpt")
-        assert f"last.ckpt holds step {saved['global_step']};" in told and saved["global_step"] % 80
-        status, told = train_py(folder)
+        assert "last.ckpt holds step 101;" in told
+        assert read_lightning_checkpoint(tmp_path / number.name / "last.ckpt")["global_step"] == 101
+    assert told_by(whole)[0] == 0
+    resumed = {number: start_training(tmp_path / number.name) for number in numbers}
+    for number, run in resumed.items():
+        status, told = told_by(run)
         assert status == 0 and "last.ckpt, which the same command has left" in told, told
-        assert weights(folder / "last.ckpt") == whole
-        record = read_lightning_checkpoint(folder / "last.ckpt")["decoupled_zoo"]["training"]
+        assert weights(tmp_path / number.name / "last.ckpt") == weights(tmp_path / "whole/last.ckpt")
+        record = read_lightning_checkpoint(tmp_path / number.name / "last.ckpt")["decoupled_zoo"]["training"]
         assert record["epochs"] == 3 and record["command"].count("train.py") == 1
-    status, told = train_py(folder)
+    status, told = told_by(start_training(tmp_path / "SIGTERM"))
     assert status == 0 and "nothing was trained" in told

@@ -1,0 +1,18 @@
+"""``train.py`` whose first process sends itself the signal ``$SIGNAL``, if that is set, before step ``$STEP``."""
+
+import os
+
+import lightning as L
+
+from zoo.cli import readable_errors, run
+
+
+class Signal(L.Callback):
+    def on_train_batch_start(self, trainer, module, batch, batch_index):
+        if trainer.is_global_zero and trainer.global_step == int(os.environ.get("STEP", -1)):
+            os.kill(os.getpid(), int(os.environ["SIGNAL"]))
+
+
+if __name__ == "__main__":
+    with readable_errors():
+        run(callbacks=[Signal()])
