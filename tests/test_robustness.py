@@ -19,7 +19,7 @@ from zoo.attacks import fgsm, is_right, margin, noise, pgd
 from zoo.checkpoints import PRETRAINED
 from zoo.data import Digits
 from zoo.masking import checks, suspected
-from zoo.probes import ATTACKS, EFFORTS, PROBES, Subject
+from zoo.probes import ATTACKS, EFFORTS, PROBES, Subject, right_before_and_under, right_under
 from zoo.robustness import CURVE_EPS, Ledger, Result, Step, chosen_steps, companions_of, evaluate, protocol
 from zoo.robustness_report import attack_table, check_table, effort_table, headline, paired_table, ratio_to_twin, report
 from zoo.smoothness import by_layer, smoothness
@@ -523,3 +523,16 @@ def test_two_networks_are_compared_image_by_image():
     p = 2 * (1 + 9) / 2**9
     assert [row[2:4] for row in rows] == [[f"8, 1 (p = {p:.3f})", "–"]] * 3
     assert paired_table([plain, result("tanh_cosine", [1] * 2 + [0] * 8)]).count("0, 0 (p = 1.000)") == 3
+
+
+def test_papers_count_images_that_are_right_under_an_attack_only():
+    model, images = Linear(), images_around_grey()
+    labels = 1 - model(images).argmax(1)
+
+    def towards_the_label(model, images, labels, eps, seed):
+        side = torch.where(labels == 0, 1.0, -1.0).view(-1, 1, 1, 1)
+        return images + eps * side * model.weight.detach().sign()
+
+    settings = Subject(model), images, labels, 0.3, 0
+    assert right_under(towards_the_label)(*settings).mean() == 1
+    assert right_before_and_under(towards_the_label)(*settings).mean() == 0
