@@ -19,6 +19,7 @@ from sklearn.datasets import load_digits
 import train
 import zoo
 from zoo import __main__ as command_line
+from zoo import saving
 from zoo.checkpoints import PRETRAINED
 from zoo.classifier import Classifier
 from zoo.data import DATA
@@ -222,19 +223,49 @@ def test_a_best_checkpoint_alone_is_not_overwritten(run):
     assert path.with_name("best.ckpt").read_bytes() == before
 
 
-def test_a_copied_run_knows_its_best_checkpoint(run):
+@pytest.mark.parametrize("mode", ["max", "min"])
+def test_a_copied_run_knows_its_best_checkpoint(run, mode):
     def best(path):
         callbacks = torch.load(path, weights_only=True)["callbacks"]
         return next(state for name, state in callbacks.items() if name.startswith("ModelCheckpoint"))
 
-    before = best(fit(run))
+    monitor = ["--checkpoint.monitor=val_loss", f"--checkpoint.mode={mode}"]
+    before = best(fit(run, *monitor))
     shutil.copytree("run", "copy")
-    status, _, errors = run("fit", *SHORT[2:], "--ckpt_path", "copy/last.ckpt", "--trainer.max_epochs=2")
+    status, _, errors = run("fit", *SHORT[2:], *monitor, "--ckpt_path", "copy/last.ckpt", "--trainer.max_epochs=2")
     assert status == 0, errors
     assert {path.name for path in Path("copy").glob("*.ckpt")} == {"best.ckpt", "last.ckpt", "previous.ckpt"}
     after = best("copy/last.ckpt")
     assert Path(after["best_model_path"]) == Path("copy/best.ckpt").resolve() and len(after["best_k_models"]) == 1
-    assert after["best_model_score"] >= before["best_model_score"]
+    # The loss of the second epoch is the smaller one.
+    first_is_best = after["best_model_score"] == before["best_model_score"]
+    assert first_is_best == (mode == "max") and after["best_model_score"] <= before["best_model_score"]
+    assert (Path("copy/best.ckpt").read_bytes() == Path("run/best.ckpt").read_bytes()) == first_is_best
+
+
+def test_other_words_for_the_same_settings_go_on(run):
+    Path("recipe.yaml").write_text("model: {learning_rate: 0.01}\ntrainer: {max_epochs: 1}\n")
+    folder = ("--checkpoint.dirpath", "run")
+    assert run("fit", *folder, *SHORT, "--model.learning_rate=0.01")[0] == 0
+    status, _, errors = run("fit", "--config=recipe.yaml", *SHORT[2:], "--checkpoint.dirpath=run")
+    assert status == 0 and "nothing was trained" in run.told(), errors
+    Path("recipe.yaml").write_text("model: {learning_rate: 0.02}\ntrainer: {max_epochs: 1}\n")
+    status, _, errors = run("fit", "--config=recipe.yaml", *SHORT[2:], "--checkpoint.dirpath=run")
+    assert status == 1 and "run/last.ckpt is of another command" in errors
+
+
+def test_two_runs_do_not_write_to_one_folder(run, monkeypatch):
+    Path("run").mkdir()
+    monkeypatch.setattr(saving, "LOCK_SECONDS", 0.1)
+    hold = "import filelock\nwith filelock.FileLock('run/.lock'): print('held', flush=True); input()"
+    streams = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", hold], **streams) as other:
+        assert other.stdout.readline() == b"held\n"
+        status, _, errors = run("fit", *SHORT, "--checkpoint.dirpath", "run")
+        assert status == 1 and "another run writes to run; wait for it to end, or choose another folder" in errors
+        assert [path.name for path in Path("run").iterdir()] == [".lock"]
+        other.kill()
+    fit(run)
 
 
 def test_commands_that_differ_in_a_folder_are_not_the_same(run, tmp_path):

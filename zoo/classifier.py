@@ -144,8 +144,8 @@ class Classifier(L.LightningModule):
         self.model: ImageModel | None = None
         # What the command line of train.py replaces by its own.
         self.command = shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
-        # Tells whether a command is the same, to the letter.
-        self.words: str | None = None
+        # Tells whether another command has the same settings.
+        self.settings: str | None = None
         self.earlier_commands: list[str] = []
         self.resumed_step: int | None = None
         self.loader_states: list[dict[str, int]] = []
@@ -318,7 +318,7 @@ class Classifier(L.LightningModule):
             "data": data.describe(),
             "trainer": {"max_epochs": self.trainer.max_epochs},
             "source": self.source,
-            "words": self.words,
+            "settings": self.settings,
             "training": {
                 # Whole ones; validation and the end of an epoch come after its last batch.
                 "epochs": self.current_epoch + self.trainer.is_last_batch,

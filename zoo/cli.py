@@ -100,10 +100,9 @@ class ZooCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         arguments = sys.argv[1:] if args is None else list(args)
         self.command = command_of("python", "train.py", *arguments)
-        # Two commands that name other folders can be alike as they are recorded.
-        self.words = hashlib.sha256(json.dumps(arguments).encode()).hexdigest()
         subcommand = next((place for place, word in enumerate(arguments, 1) if word in self.subcommands()), 0)
         self.config = self._parsed(parser, arguments, subcommand)
+        self.settings = hash_of(self.config)
         if left := self._left_by_the_same_command():
             rank_zero_info(f"going on with {left}, which the same command has left")
             self.config = self._parsed(parser, [*arguments, "--ckpt_path", left], subcommand)
@@ -140,7 +139,7 @@ class ZooCLI(LightningCLI):
         if not any((folder / name).is_file() for name in (LAST, PREVIOUS)):
             return None
         last = usable_checkpoint(folder / LAST)
-        return str(folder / LAST) if record_of(last).get("words") == self.words else None
+        return str(folder / LAST) if record_of(last).get("settings") == self.settings else None
 
     def after_fit(self) -> None:
         if self.trainer.global_step == self.model.resumed_step:
@@ -169,39 +168,8 @@ class ZooCLI(LightningCLI):
         self.config = self.asked
         settings = self.config[self.subcommand]
         if self.subcommand == "fit" and not settings.ckpt_path and settings.checkpoint.dirpath:
-            last = Path(settings.checkpoint.dirpath) / LAST
-            if last.exists() or last.with_name(PREVIOUS).exists():
-                record = record_of(usable_checkpoint(last))
-                raise FileExistsError(
-                    f"{last} is of another command: {record['training']['command']}; to go on with its run, give "
-                    f"--ckpt_path {last}; for a new one, choose another folder (--checkpoint.dirpath)"
-                )
-            best = last.with_name(f"{settings.checkpoint.filename}.ckpt")
-            if best.exists():
-                raise FileExistsError(
-                    f"{best} is another run's, and would be overwritten; move it, or choose another folder "
-                    "(--checkpoint.dirpath)"
-                )
-        if settings.checkpoint.save_last:
-            raise ValueError("leave out --checkpoint.save_last: last.ckpt is always written (--last.every_n_steps)")
-        trainer = settings.trainer
-        if trainer.accumulate_grad_batches < 1:
-            raise ValueError(
-                f"--trainer.accumulate_grad_batches must be at least 1, got {trainer.accumulate_grad_batches}"
-            )
-        if (trainer.gradient_clip_val or 0) < 0:
-            raise ValueError(f"--trainer.gradient_clip_val must not be negative, got {trainer.gradient_clip_val}")
-        for name in ("max_epochs", "max_steps"):
-            if trainer[name] == 0:
-                raise ValueError(f"--trainer.{name} must be at least 1 (-1 for no end), got 0")
-        for name in ("limit_train_batches", "val_check_interval", "check_val_every_n_epoch"):
-            if trainer[name] == 0:
-                raise ValueError(f"--trainer.{name} must be more than 0, got 0")
-        if self.subcommand != "fit" and not settings.ckpt_path and not settings.model.init_from:
-            raise ValueError(
-                f"{self.subcommand} needs a trained network: --ckpt_path outputs/.../best.ckpt (what fit wrote), or "
-                "--model.init_from NAME (a checkpoint of the zoo)"
-            )
+            refuse_folder_of_another_run(settings)
+        refuse_settings(self.subcommand, settings)
         if settings.ckpt_path and settings.model.init_from:
             self._go_on_with_what_was_started(settings)
         arguments = settings.data.init_args
@@ -226,7 +194,7 @@ class ZooCLI(LightningCLI):
         # The trainer takes no plugin of the kind that another one, of --trainer.plugins, is.
         if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             self.trainer.strategy.checkpoint_io = SafeCheckpointIO()
-        self.model.command, self.model.words = self.command, self.words
+        self.model.command, self.model.settings = self.command, self.settings
         if self.shared:
             self.datamodule.share_images(self.shared)
         if self.subcommand == "predict" and self.trainer.world_size > 1:
@@ -261,6 +229,53 @@ def run(
         args=arguments,
         shared=shared,
     )
+
+
+def refuse_folder_of_another_run(settings: Namespace) -> None:
+    """Raise FileExistsError if the folder that fit is to write to has checkpoints."""
+    last = Path(settings.checkpoint.dirpath) / LAST
+    if last.exists() or last.with_name(PREVIOUS).exists():
+        record = record_of(usable_checkpoint(last))
+        raise FileExistsError(
+            f"{last} is of another command: {record['training']['command']}; to go on with its run, give "
+            f"--ckpt_path {last}; for a new one, choose another folder (--checkpoint.dirpath)"
+        )
+    best = last.with_name(f"{settings.checkpoint.filename}.ckpt")
+    if best.exists():
+        raise FileExistsError(
+            f"{best} is another run's, and would be overwritten; move it, or choose another folder "
+            "(--checkpoint.dirpath)"
+        )
+
+
+def refuse_settings(subcommand: str, settings: Namespace) -> None:
+    """Raise ValueError for settings that Lightning takes, and that would train or test nothing."""
+    if settings.checkpoint.save_last:
+        raise ValueError("leave out --checkpoint.save_last: last.ckpt is always written (--last.every_n_steps)")
+    trainer = settings.trainer
+    if trainer.accumulate_grad_batches < 1:
+        raise ValueError(f"--trainer.accumulate_grad_batches must be at least 1, got {trainer.accumulate_grad_batches}")
+    if (trainer.gradient_clip_val or 0) < 0:
+        raise ValueError(f"--trainer.gradient_clip_val must not be negative, got {trainer.gradient_clip_val}")
+    for name in ("max_epochs", "max_steps"):
+        if trainer[name] == 0:
+            raise ValueError(f"--trainer.{name} must be at least 1 (-1 for no end), got 0")
+    for name in ("limit_train_batches", "val_check_interval", "check_val_every_n_epoch"):
+        if trainer[name] == 0:
+            raise ValueError(f"--trainer.{name} must be more than 0, got 0")
+    if subcommand != "fit" and not settings.ckpt_path and not settings.model.init_from:
+        raise ValueError(
+            f"{subcommand} needs a trained network: --ckpt_path outputs/.../best.ckpt (what fit wrote), or "
+            "--model.init_from NAME (a checkpoint of the zoo)"
+        )
+
+
+def hash_of(config: Namespace) -> str:
+    """Return a hash of all settings of a command, in whatever words and files they were given."""
+    settings = config.clone()
+    for section in (settings, *filter(None, [settings.get(settings.get("subcommand") or "")])):
+        section.pop("config", None)
+    return hashlib.sha256(json.dumps(settings.as_dict(), sort_keys=True, default=str).encode()).hexdigest()
 
 
 def command_of(*words: str) -> str:

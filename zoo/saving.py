@@ -16,6 +16,7 @@ from typing import Any, BinaryIO
 
 import lightning as L
 import torch
+from filelock import FileLock, Timeout
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
@@ -23,6 +24,9 @@ from lightning.pytorch.utilities import rank_zero_info
 from zoo.checkpoints import DRAFT, replacing
 
 LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
+LOCK = ".lock"
+# Loaders that a killed run has left may hold its lock for some seconds.
+LOCK_SECONDS = 20
 # How the comment of a checkpoint's archive begins, which ends with the SHA-256 of all before it, and their length.
 SEAL = b"decoupled-zoo sha256 "
 SEAL_LENGTH = len(SEAL) + hashlib.sha256().digest_size
@@ -82,6 +86,7 @@ class LastCheckpoint(Checkpoint):
     Raises:
         ValueError: ``every_n_steps`` below 1; from training without a ``ModelCheckpoint``, or with one whose folder
             cannot be written to.
+        FileExistsError: from training into a folder to which another run writes.
     """
 
     # ModelCheckpoint(save_last=True) writes last.ckpt only when it writes the best one, too (Lightning 2.6).
@@ -98,11 +103,22 @@ class LastCheckpoint(Checkpoint):
         self.between_steps = self.stops_later = False
         # Whether what is being saved has yet to be validated.
         self.unvalidated = False
+        self.lock: FileLock | None = None
 
     def setup(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
         if stage == "fit" and trainer.is_global_zero and (folder := self._folder(trainer)):
             try:
                 Path(folder).mkdir(parents=True, exist_ok=True)
+                lock = FileLock(Path(folder) / LOCK, LOCK_SECONDS)
+                # Some network file systems have no locks.
+                with contextlib.suppress(NotImplementedError):
+                    lock.acquire()
+                    self.lock = lock
+            except Timeout as error:
+                raise FileExistsError(
+                    f"another run writes to {os.path.relpath(folder)}; wait for it to end, or choose another folder "
+                    "(--checkpoint.dirpath)"
+                ) from error
             except OSError as error:
                 raise ValueError(
                     f"checkpoints cannot be written to {folder} ({error}); choose another folder"
@@ -180,12 +196,24 @@ class LastCheckpoint(Checkpoint):
                 state |= {"dirpath": folder, "best_model_path": str(here), "kth_best_model_path": str(here)}
                 state["best_k_models"] = {str(here): state["best_model_score"]}
 
+    def teardown(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
+        self._unlock()
+
     def on_exception(self, trainer: L.Trainer, module: L.LightningModule, exception: BaseException) -> None:
+        self._unlock()
         if trainer.state.fn == "fit" and isinstance(exception, KeyboardInterrupt | SystemExit):
             self._tell(trainer)
         elif trainer.strategy.launcher is not None:
             # Those that this process has started may wait for it, with NCCL for half an hour. Its error is told first.
             atexit.register(trainer.strategy.launcher.kill, signal.SIGKILL)
+
+    def _unlock(self) -> None:
+        if self.lock:
+            # While it is held; Windows removes no file that is open.
+            with contextlib.suppress(OSError):
+                Path(self.lock.lock_file).unlink()
+            self.lock.release()
+            self.lock = None
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self.received = number
