@@ -481,7 +481,7 @@ def test_a_gap_and_a_fall_each_raise_the_alarm(monkeypatch, recwarn, before, und
 
 
 def test_efforts_are_the_smallest_of_all_attacks():
-    values = {"deepfool": torch.tensor([1.0, 2.0, 0.0]), "ddn": torch.tensor([2.0, 1.5])}
+    values = {"deepfool": torch.tensor([1.0, 2.0]), "ddn": torch.tensor([2.0, 1.5])}
     result = Result({"eps": EPS}, values)
     assert result.effort().tolist() == [1.0, 1.5] and set(values) < set(EFFORTS)
 
@@ -536,3 +536,12 @@ def test_papers_count_images_that_are_right_under_an_attack_only():
     settings = Subject(model), images, labels, 0.3, 0
     assert right_under(towards_the_label)(*settings).mean() == 1
     assert right_before_and_under(towards_the_label)(*settings).mean() == 0
+
+
+def test_l2_attacks_are_run_on_images_of_all_places(tmp_path, monkeypatch):
+    monkeypatch.setitem(PROBES, "deepfool", lambda subject, images, labels, eps, seed: labels.float())
+    labels = Digits().evenly_spaced("test", 8)[1]
+    for count, places in ((4, [1, 3, 5, 7]), (2, [2, 6])):
+        settings = {"limit": 8, "effort_limit": count, "work": tmp_path}
+        result = evaluate(NAME, Digits(), steps("clean", "deepfool"), **settings)
+        assert result.effort().tolist() == labels[places].tolist()

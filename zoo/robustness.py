@@ -16,6 +16,7 @@ from operators.lookup import unknown_name
 from zoo.checkpoints import read_config, write_whole
 from zoo.classifier import check_data
 from zoo.data import ImageData
+from zoo.image_files import evenly_spaced
 from zoo.models import ModelSpec, is_plain
 from zoo.origin import origin
 from zoo.probes import AT_SEVERAL_EPS, ATTACKS, EFFORTS, GRADIENT_ATTACKS, PROBES, Subject, exact_arithmetic
@@ -68,7 +69,7 @@ class Result:
     Attributes:
         about: checkpoint, sha256, data set, split, number of images, ε, whether it was trained on attacked images, what
             it was measured on and with.
-        values: by the key of each step one number for each image, of which the first ones come first.
+        values: by the key of each step one number for each image; of L2 attacks for evenly spaced ones of these.
         flags: what AutoAttack found suspicious.
     """
 
@@ -114,8 +115,7 @@ class Result:
     def effort(self) -> Tensor | None:
         """Return how far in L2 the nearest mistake is that any attack found of each image; None if none was tried."""
         measured = [values for values in map(self.of, EFFORTS) if values is not None]
-        images = min(map(len, measured), default=0)
-        return torch.stack([values[:images] for values in measured]).amin(0) if measured else None
+        return torch.stack(measured).amin(0) if measured else None
 
     def is_of_the_same_images(self, other: "Result") -> bool:
         """Return whether the numbers of both, at the same place, are of the same image, and of the same ε."""
@@ -190,7 +190,7 @@ def evaluate(
         steps: what to measure, as :func:`protocol` returns it.
         eps: of the headline.
         limit: at most so many images; None for all.
-        effort_limit: of the L2 attacks, which take thousands of steps, at most so many of these.
+        effort_limit: of the L2 attacks, which take thousands of steps, at most so many of these, evenly spaced.
         others: checkpoints whose adversarial images are tried on this one.
         work: folder in which the numbers of each batch are kept.
         tell: is told the step, and how many batches of how many are done.
@@ -213,12 +213,21 @@ def evaluate(
     identity = {"sha256": config["sha256"], "images": content, "others": hashes, "device": str(device)}
     ledger = Ledger(work, config["name"], {**identity, "batch": BATCH, "seed": SEED, "protocol": PROTOCOL})
 
+    # In a data set that is sorted, the first ones would be of some classes only.
+    spread = evenly_spaced(effort_limit or len(labels), len(labels))
+
+    def places(step: Step) -> Sequence[int]:
+        return spread if step.probe in EFFORTS else range(len(labels))
+
+    def key_of(step: Step) -> str:
+        return f"{step.key} of {len(spread)}" if step.probe in EFFORTS else step.key
+
     def batches(step: Step) -> list[tuple[Step, int, int]]:
-        count = min(len(labels), effort_limit or len(labels)) if step.probe in EFFORTS else len(labels)
+        count = len(places(step))
         return [(step, start, min(start + BATCH, count)) for start in range(0, count, BATCH)]
 
     def is_known(step: Step, start: int, stop: int) -> bool:
-        return len(ledger.rows.get((step.key, start), {"values": ()})["values"]) >= stop - start
+        return len(ledger.rows.get((key_of(step), start), {"values": ()})["values"]) >= stop - start
 
     tasks = [batch for step in steps for batch in batches(step)]
     with exact_arithmetic():
@@ -227,16 +236,17 @@ def evaluate(
             if is_known(step, start, stop):
                 continue
             subject = Subject(model, companions)
-            batch = images[start:stop].to(device), labels[start:stop].to(device)
+            chosen = list(places(step)[start:stop])
+            batch = images[chosen].to(device), labels[chosen].to(device)
             values = PROBES[step.probe](subject, *batch, step.eps or 0.0, SEED + start)
-            ledger.add(step.key, start, values.cpu(), subject.flags)
+            ledger.add(key_of(step), start, values.cpu(), subject.flags)
     tell("done", len(tasks), len(tasks))
     values: dict[str, list[float]] = {}
     flags: list[str] = []
     # With what was measured in earlier calls.
     for known in map(batches, dict.fromkeys([*protocol(eps), *steps])):
         for step, start, stop in known if all(is_known(*batch) for batch in known) else ():
-            row = ledger.rows[step.key, start]
+            row = ledger.rows[key_of(step), start]
             values.setdefault(step.key, []).extend(map(float, row["values"][: stop - start]))
             flags += [flag for flag in row["flags"] if flag not in flags]
     about = {

@@ -201,7 +201,8 @@ def effort_table(results: Sequence[Result], twins: Mapping[str, Result]) -> str:
         right = effort > 0
         found = effort[right].isfinite().float().mean().item() if right.any() else 1.0
         twin = twins.get(name_of(result))
-        comparable = twin and efforts_of(twin) == efforts_of(result) and twin.is_of_the_same_images(result)
+        alike = twin and efforts_of(twin) == efforts_of(result) and twin.is_of_the_same_images(result)
+        comparable = alike and len(twin.effort()) == len(effort)
         compared = ratio_to_twin(effort, twin.effort()) if comparable else "–"
         lengths = (f"{effort[right].quantile(q).item():.3f}" for q in (0.25, 0.5, 0.75))
         within = with_interval((effort > L2_EPS).float())
@@ -212,8 +213,6 @@ def effort_table(results: Sequence[Result], twins: Mapping[str, Result]) -> str:
 
 def ratio_to_twin(effort: Tensor, twin: Tensor) -> str:
     """Return the ratio of the median efforts over the images that both name right, with its bootstrap interval."""
-    count = min(len(effort), len(twin))
-    effort, twin = effort[:count], twin[:count]
     both = (effort > 0) & (twin > 0)
     # A mistake that was not found may be anywhere.
     if not both.any() or not (effort.isfinite() & twin.isfinite()).all():
