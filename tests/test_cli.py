@@ -254,6 +254,21 @@ def test_other_words_for_the_same_settings_go_on(run):
     assert status == 1 and "run/last.ckpt is of another command" in errors
 
 
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
+def test_a_run_in_another_folder_goes_on_there(run):
+    first = fit(run)
+    command = ("fit", "--ckpt_path", first, "--checkpoint.dirpath", "other", "--trainer.limit_val_batches=1")
+    assert run(*command, "--trainer.max_epochs=2", "--trainer.limit_train_batches=2")[0] == 0
+    second = torch.load("other/last.ckpt", weights_only=True)["global_step"]
+    assert second == 4
+    # As a cluster gives it once more; and another command, which would write over that run.
+    status, _, errors = run(*command, "--trainer.max_epochs=2", "--trainer.limit_train_batches=2")
+    assert status == 0 and "going on with other/last.ckpt, which the same command has left" in run.told(), errors
+    status, _, errors = run(*command, "--trainer.max_epochs=3", "--trainer.limit_train_batches=2")
+    assert status == 1 and "other/last.ckpt is of another command" in errors
+    assert torch.load("other/last.ckpt", weights_only=True)["global_step"] == second
+
+
 def test_two_runs_do_not_write_to_one_folder(run, monkeypatch):
     Path("run").mkdir()
     monkeypatch.setattr(saving, "LOCK_SECONDS", 0.1)
@@ -560,6 +575,10 @@ WRONG = {
     "abbreviation": ("fit --model.learning_rat 1", "Did you mean '--model.learning_rate'? Choose one of: --model.adv"),
     "group": ("fit --modle.operator conv", "Did you mean '--model.operator'? Choose one of: --checkpoint, --ckpt"),
     "setting": ("fit --data.batch_siz 3", "unknown setting (--data) of Digits 'batch_siz'. Did you mean 'batch_size'?"),
+    "folder elsewhere": (
+        "fit --checkpoint.dirpath s3://bucket/run",
+        "is a folder of this machine, or one mounted there",
+    ),
     "data": ("fit --data Digitss", "unknown data set 'Digitss'. Did you mean 'Digits'?"),
     "operator": ("fit --model.operator tanh_cosin", "unknown operator 'tanh_cosin'. Did you mean 'tanh_cosine'?"),
     "architecture": ("fit --model.architecture cnn10", "unknown architecture 'cnn10'. Did you mean 'cnn"),

@@ -110,6 +110,8 @@ def test_an_epoch_is_not_gone_on_with_in_other_batches():
         with pytest.raises(ValueError, match="begun with 4 images a batch of all processes together, and has 8 now"):
             other.load_state_dict(state)
         other.load_state_dict({**state, "batches": 0})
+    with pytest.raises(ValueError, match="begun with 64 training images, and there are 66 now"):
+        make_loader(66, 4).load_state_dict(state)
 
 
 def test_a_state_is_of_its_own_epoch_alone():

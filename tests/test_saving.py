@@ -1,6 +1,7 @@
 """Going on to the bit, saving that loses nothing, and stops that save."""
 
 import contextlib
+import errno
 import hashlib
 import itertools
 import os
@@ -21,7 +22,7 @@ from zoo.adversarial import AdversarialTraining
 from zoo.classifier import Classifier
 from zoo.data import Digits, ImageFolder
 from zoo.lightning_checkpoints import read_lightning_checkpoint, usable_checkpoint
-from zoo.saving import LastCheckpoint, SafeCheckpointIO, damage_of
+from zoo.saving import SEAL_LENGTH, LastCheckpoint, SafeCheckpointIO, damage_of
 
 ROOT = Path(__file__).resolve().parent.parent
 LEARNED = {"name": "tanh_cosine", "radius_mode": "learned", "radius_relative": True}
@@ -186,11 +187,12 @@ class Enough(L.Callback):
     "stop",
     [
         lambda: (Enough(1, 2), None),
+        lambda: (Enough(1, 2, validating=True), None),
         lambda: (Validations(step=4, fails=True), OSError),
         lambda: (Validations(step=4), SystemExit),
         lambda: (StopAt(1, 2), SystemExit),
     ],
-    ids=["time", "killed in validation", "signal in validation", "signal"],
+    ids=["time", "stopped by a validation", "killed in validation", "signal in validation", "signal"],
 )
 def test_what_stops_between_two_steps_loses_no_gradient(stop, tmp_path):
     """Validation after the third batch of five, two of which make a step."""
@@ -315,10 +317,16 @@ def test_a_run_can_be_saved_between(tmp_path):
 def save_until_killed(path):
     """Save again and again in another process; return its number."""
     content = {f"layer{place}": torch.full((1000, 1000), float(place)) for place in range(8)}
+    # The first one is there, however slow the disk is.
+    SafeCheckpointIO().save_checkpoint({"decoupled_zoo": {}, **content}, path)
     if process := os.fork():
         return process
-    while True:
-        SafeCheckpointIO().save_checkpoint({"decoupled_zoo": {}, **content}, path)
+    # What fails must not go on as a second run of the tests.
+    try:
+        while True:
+            SafeCheckpointIO().save_checkpoint({"decoupled_zoo": {}, **content}, path)
+    finally:
+        os._exit(1)
 
 
 @resumes
@@ -345,9 +353,10 @@ def test_a_killed_save_leaves_a_whole_checkpoint_and_no_litter(place, tmp_path, 
                 assert read_lightning_checkpoint(path)["layer7"].mean() == 7
             litter += len(list(folder.glob("*.part")))
         assert litter > 0 and (folder / "last.ckpt").exists()
-        # The next run begins there.
-        fit(folder, Digits(), max_epochs=1)
-        assert {path.name for path in folder.iterdir()} == {"best.ckpt", "last.ckpt", "previous.ckpt"}
+        # The next run that begins there removes the litter, and nothing else.
+        with pytest.raises(FileExistsError, match="has the checkpoints of a run; go on with it"):
+            fit(folder, Digits(), max_epochs=1)
+        assert {path.name for path in folder.iterdir()} == {"last.ckpt"}
     finally:
         for path in folder.iterdir():
             path.unlink()
@@ -392,7 +401,35 @@ def test_any_changed_bit_is_damage(tmp_path):
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << place % 8]) + whole[place + 1 :])
         if damage_of(path) is None:
             # Of the seal's own first letters or length: all before it is as it was.
-            assert torch.load(path)["layer"].tolist() == [0, 1, 2] and place >= len(whole) - 60, place
+            assert torch.load(path)["layer"].tolist() == [0, 1, 2] and place >= len(whole) - SEAL_LENGTH - 2, place
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EIO])
+def test_a_file_system_without_locks_is_trained_on_without(number, tmp_path, monkeypatch):
+    def flock(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    if number == errno.EIO:
+        with pytest.raises(ValueError, match="checkpoints cannot be written to .*Input/output error"):
+            fit(tmp_path, Digits(), max_epochs=1)
+        return
+    fit(tmp_path, Digits(), max_epochs=1)
+    assert (tmp_path / "last.ckpt").exists()
+
+
+@resumes
+def test_a_run_that_waited_for_another_does_not_begin_anew_over_its_checkpoint(tmp_path):
+    class Late(L.Callback):
+        """Saves where the command line has looked for checkpoints, before the run has the folder to itself."""
+
+        def setup(self, trainer, module, stage):
+            (tmp_path / "last.ckpt").write_bytes(b"another run's")
+
+    with pytest.raises(FileExistsError, match="has the checkpoints of a run; go on with it"):
+        fit(tmp_path, Digits(), Late(), max_epochs=1)
+    assert (tmp_path / "last.ckpt").read_bytes() == b"another run's"
+    assert {path.name for path in tmp_path.iterdir()} == {"last.ckpt"}
 
 
 @resumes

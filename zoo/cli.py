@@ -133,7 +133,7 @@ class ZooCLI(LightningCLI):
     def _left_by_the_same_command(self) -> str | None:
         """Return the last checkpoint in the folder that fit is to write to, if this very command has written it."""
         settings = self.config.get("fit")
-        if not settings or settings.ckpt_path or not settings.checkpoint.dirpath:
+        if not settings or not settings.checkpoint.dirpath:
             return None
         folder = Path(settings.checkpoint.dirpath)
         if not any((folder / name).is_file() for name in (LAST, PREVIOUS)):
@@ -167,7 +167,7 @@ class ZooCLI(LightningCLI):
         # Lightning has put the checkpoint's settings above the command line's.
         self.config = self.asked
         settings = self.config[self.subcommand]
-        if self.subcommand == "fit" and not settings.ckpt_path and settings.checkpoint.dirpath:
+        if self.subcommand == "fit" and settings.checkpoint.dirpath:
             refuse_folder_of_another_run(settings)
         refuse_settings(self.subcommand, settings)
         if settings.ckpt_path and settings.model.init_from:
@@ -232,8 +232,11 @@ def run(
 
 
 def refuse_folder_of_another_run(settings: Namespace) -> None:
-    """Raise FileExistsError if the folder that fit is to write to has checkpoints."""
-    last = Path(settings.checkpoint.dirpath) / LAST
+    """Raise FileExistsError if the folder that fit is to write to has checkpoints, and it does not go on with those."""
+    folder = Path(settings.checkpoint.dirpath)
+    if settings.ckpt_path and Path(settings.ckpt_path).resolve().parent == folder.resolve():
+        return
+    last = folder / LAST
     if last.exists() or last.with_name(PREVIOUS).exists():
         record = record_of(usable_checkpoint(last))
         raise FileExistsError(
@@ -252,6 +255,10 @@ def refuse_settings(subcommand: str, settings: Namespace) -> None:
     """Raise ValueError for settings that Lightning takes, and that would train or test nothing."""
     if settings.checkpoint.save_last:
         raise ValueError("leave out --checkpoint.save_last: last.ckpt is always written (--last.every_n_steps)")
+    if "://" in (settings.checkpoint.dirpath or ""):
+        raise ValueError(
+            f"--checkpoint.dirpath is a folder of this machine, or one mounted there, got {settings.checkpoint.dirpath}"
+        )
     trainer = settings.trainer
     if trainer.accumulate_grad_batches < 1:
         raise ValueError(f"--trainer.accumulate_grad_batches must be at least 1, got {trainer.accumulate_grad_batches}")

@@ -86,6 +86,9 @@ class SkippedSteps(Callback):
         self.skipped = self.in_a_row = self.step = 0
         self.scale: float | None = None
 
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self.step = trainer.global_step
+
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
         # Batches whose gradients are still being accumulated say nothing.
         if trainer.global_step == self.step:

@@ -187,15 +187,26 @@ class TrainingLoader(Loader):
         self.done = 0
 
     def state_dict(self) -> dict[str, int]:
-        return {"epoch": self.sampler.epoch, "batches": self.done, "images_a_batch": self._images_a_batch}
+        return {
+            "epoch": self.sampler.epoch,
+            "batches": self.done,
+            "images_a_batch": self._images_a_batch,
+            "images": self.sampler.images,
+        }
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Go on where another loader was.
 
         Raises:
-            ValueError: within an epoch, whose batches were of another size.
+            ValueError: within an epoch, whose batches were of another size, or of another number of images.
         """
-        if 0 < state["batches"] < len(self) and state["images_a_batch"] != self._images_a_batch:
+        begun = 0 < state["batches"] < len(self)
+        if begun and state["images"] != self.sampler.images:
+            raise ValueError(
+                f"the epoch was begun with {state['images']:,} training images, and there are "
+                f"{self.sampler.images:,} now: go on with the same ones, or from the end of an epoch"
+            )
+        if begun and state["images_a_batch"] != self._images_a_batch:
             raise ValueError(
                 f"the epoch was begun with {state['images_a_batch']} images a batch of all processes together, and has "
                 f"{self._images_a_batch} now: go on with the same batch size and number of processes, or from the end "

@@ -2,6 +2,7 @@
 
 import atexit
 import contextlib
+import errno
 import hashlib
 import os
 import shlex
@@ -27,6 +28,8 @@ LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
 LOCK = ".lock"
 # Loaders that a killed run has left may hold its lock for some seconds.
 LOCK_SECONDS = 20
+# What network file systems without locks answer.
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 # How the comment of a checkpoint's archive begins, which ends with the SHA-256 of all before it, and their length.
 SEAL = b"decoupled-zoo sha256 "
 SEAL_LENGTH = len(SEAL) + hashlib.sha256().digest_size
@@ -50,24 +53,22 @@ class SafeCheckpointIO(TorchCheckpointIO):
         Raises:
             OSError: the disk is full, or does not give back what was written.
         """
-        if "://" in str(path):
-            super().save_checkpoint(checkpoint, path, storage_options)
-            return
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         named = str(path).removesuffix(DRAFT)
         with replacing(path) as draft:
-            with draft.open("wb") as file:
-                try:
+            try:
+                with draft.open("wb") as file:
                     torch.save(checkpoint, file)
-                # What torch makes of an error of the disk, when it closes what it could not write.
-                except RuntimeError as error:
-                    free = shutil.disk_usage(path.parent).free / 2**20
-                    reason = error.__context__ or error
-                    raise OSError(f"{named} was not saved ({reason}); {free:,.0f} MiB are free there") from error
-            if damage := _broken_part(draft):
+                if not (damage := _broken_part(draft)):
+                    _seal(draft)
+            # The first is what torch makes of an error of the disk, when it closes what it could not write.
+            except (RuntimeError, OSError) as error:
+                free = shutil.disk_usage(path.parent).free / 2**20
+                reason = error.__context__ or error
+                raise OSError(f"{named} was not saved ({reason}); {free:,.0f} MiB are free there") from error
+            if damage:
                 raise OSError(f"{named} was not saved, for what was written could not be read back ({damage})")
-            _seal(draft)
         _sync(path.parent)
 
 
@@ -86,7 +87,8 @@ class LastCheckpoint(Checkpoint):
     Raises:
         ValueError: ``every_n_steps`` below 1; from training without a ``ModelCheckpoint``, or with one whose folder
             cannot be written to.
-        FileExistsError: from training into a folder to which another run writes.
+        FileExistsError: from training into a folder to which another run writes, or has written what is not gone on
+            with.
     """
 
     # ModelCheckpoint(save_last=True) writes last.ckpt only when it writes the best one, too (Lightning 2.6).
@@ -109,11 +111,7 @@ class LastCheckpoint(Checkpoint):
         if stage == "fit" and trainer.is_global_zero and (folder := self._folder(trainer)):
             try:
                 Path(folder).mkdir(parents=True, exist_ok=True)
-                lock = FileLock(Path(folder) / LOCK, LOCK_SECONDS)
-                # Some network file systems have no locks.
-                with contextlib.suppress(NotImplementedError):
-                    lock.acquire()
-                    self.lock = lock
+                self.lock = _locked(Path(folder))
             except Timeout as error:
                 raise FileExistsError(
                     f"another run writes to {os.path.relpath(folder)}; wait for it to end, or choose another folder "
@@ -127,6 +125,13 @@ class LastCheckpoint(Checkpoint):
                 litter.unlink()
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        # The command line looks for them before it has the lock, for which it may have waited.
+        if trainer.ckpt_path is None and trainer.is_global_zero and (folder := self._folder(trainer)):
+            if any((Path(folder) / name).exists() for name in (LAST, PREVIOUS)):
+                raise FileExistsError(
+                    f"{os.path.relpath(folder)} has the checkpoints of a run; go on with it (--ckpt_path; the command "
+                    "that began it does so when it is given again), or choose another folder (--checkpoint.dirpath)"
+                )
         self.received = signal.SIGTERM if trainer.received_sigterm else None
         self.saved_step, self.seen_step = None, trainer.global_step
         # Lightning puts back what was there before when the trainer is done.
@@ -139,9 +144,7 @@ class LastCheckpoint(Checkpoint):
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
         self.between_steps = trainer.global_step == self.seen_step
         # Gradients that are being accumulated would be in no checkpoint, so what stops a run waits for their step.
-        if self.between_steps:
-            self.stops_later |= trainer.should_stop
-            trainer.should_stop = False
+        if self._stop_after_the_step(trainer):
             return
         trainer.should_stop |= self.stops_later
         self.seen_step, self.stops_later = trainer.global_step, False
@@ -167,6 +170,9 @@ class LastCheckpoint(Checkpoint):
             self._save(trainer)
             self.unvalidated = False
             self._leave_if_told(trainer)
+
+    def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self._stop_after_the_step(trainer)
 
     def on_validation_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
         if self._may_leave(trainer):
@@ -206,6 +212,13 @@ class LastCheckpoint(Checkpoint):
         elif trainer.strategy.launcher is not None:
             # Those that this process has started may wait for it, with NCCL for half an hour. Its error is told first.
             atexit.register(trainer.strategy.launcher.kill, signal.SIGKILL)
+
+    def _stop_after_the_step(self, trainer: L.Trainer) -> bool:
+        """Let what would stop the run wait, if gradients are being accumulated; return whether they are."""
+        if self.between_steps:
+            self.stops_later |= trainer.should_stop
+            trainer.should_stop = False
+        return self.between_steps
 
     def _unlock(self) -> None:
         if self.lock:
@@ -297,6 +310,25 @@ def _validates_now(trainer: L.Trainer) -> bool:
     validates = loop.epoch_loop._should_check_val_fx(loop._data_fetcher)
     trainer.should_stop = stops
     return validates
+
+
+def _locked(folder: Path) -> FileLock | None:
+    """Return the lock of a run's folder, held; None where the file system has no locks.
+
+    Raises:
+        Timeout: another process holds it.
+        OSError: the folder cannot be written to.
+    """
+    lock = FileLock(folder / LOCK, LOCK_SECONDS, fallback_to_soft=False)
+    try:
+        lock.acquire()
+    except NotImplementedError:
+        return None
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        return None
+    return lock
 
 
 def _seal(path: Path) -> None:
