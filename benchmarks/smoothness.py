@@ -39,14 +39,16 @@ def measured(name: str) -> dict[str, Any]:
 
 def table(record: Mapping[str, Any]) -> str:
     """Return for each checkpoint the constants of the network, and the medians over its convolutions."""
-    header = ("largest change of the output over that of the input", "network", "pairs of images", "layers, median")
-    header += ("layers, median relative to the output",)
+    header = ("largest change of the output over that of the input", "network", "network, relative to the logits")
+    header += ("pairs of images", "layers, median", "layers, median relative to the output")
     rows = []
     for name, found in record.items():
         layers = [values for layer, values in found["layers"].items() if layer != "network"]
         whole = found["layers"]["network"]
         medians = (statistics.median(values[kind] for values in layers) for kind in ("gradient", "relative"))
-        rows.append((name, *(f"{value:.2f}" for value in (whole["gradient"], whole["pairs"], *medians))))
+        rows.append(
+            (name, *(f"{value:.2f}" for value in (whole["gradient"], whole["relative"], whole["pairs"], *medians)))
+        )
     return markdown_table(header, rows)
 
 

@@ -11,6 +11,8 @@ from zoo.robustness import Result
 
 # Probes of the gradient's length; that of the margin, the first, does not vanish with confidence.
 GRADIENTS = ("gradient_norm", "cross_entropy_gradient")
+# What the checks are about, beside an L2 attack.
+NEEDED = (*GRADIENTS, *ATTACKS, "curve", "batch_dependence")
 # Logits that differ by more than this, relative to the largest, depend on the other images of the batch.
 BATCH_TOLERANCE = 1e-5
 
@@ -33,6 +35,11 @@ class Check:
     def verdict(self) -> str:
         return "pass" if self.passed else "SUSPECTED"
 
+    @property
+    def told(self) -> str:
+        """What was found, in words."""
+        return f"{self.what} {self.row()[1]}"
+
     def row(self) -> tuple[str, str, str, str]:
         """Return what is checked, what was found, the most that passes, and the verdict, for a table."""
         if self.percent:
@@ -43,6 +50,11 @@ class Check:
 def checks(result: Result) -> list[Check]:
     """Return the outcome of every check whose numbers were measured."""
     return list(_checks(result))
+
+
+def unlooked_for(result: Result) -> bool:
+    """Return whether a check was left out because what it needs was not measured."""
+    return result.effort() is None or not set(NEEDED).isdisjoint(result.unmeasured())
 
 
 def suspected(result: Result) -> list[Check]:

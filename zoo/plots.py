@@ -92,19 +92,19 @@ def plot_table(
     rows: Sequence[str],
     columns: Sequence[str],
     panels: Mapping[str, Mapping[tuple[str, str], Sequence[float]]],
-    label: str,
     path: Path,
+    from_zero: bool = False,
 ) -> None:
     """Write a PNG of tables side by side, one line of dots a row, one colour a column.
 
     Args:
         panels: for each panel's title the values of each (row, column); NaN, for a network that has not converged, is
             drawn as a cross at the right edge.
-        label: what the values are.
+        from_zero: whether the panels have one axis, which begins at 0.
     """
     figure = Figure(figsize=(12, 1.2 + 0.4 * len(rows)), layout="constrained")
     for axes, (title, values) in zip(
-        figure.subplots(1, len(panels), sharey=True, squeeze=False)[0], panels.items(), strict=True
+        figure.subplots(1, len(panels), sharey=True, sharex=from_zero, squeeze=False)[0], panels.items(), strict=True
     ):
         for index, column in enumerate(columns):
             for place, row in enumerate(rows):
@@ -114,16 +114,23 @@ def plot_table(
                 if not all(map(math.isfinite, cell)):
                     edge = axes.get_yaxis_transform()
                     axes.plot(1, place, marker="x", color=f"C{index}", transform=edge, clip_on=False)
-        axes.set(xlabel=label, title=title)
+        axes.set_title(title, fontsize=10)
         axes.set_yticks(range(len(rows)), rows)
         axes.grid(axis="y", linewidth=0.3)
         axes.set_axisbelow(True)
     axes.invert_yaxis()
+    # Once all is drawn, for it ends what the other end adapts to.
+    if from_zero:
+        axes.set_xlim(left=0)
     for index, column in enumerate(columns):
         axes.scatter([], [], color=f"C{index}", label=column)
     # A table of one column has no name for it.
     if any(columns):
-        axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.02, 1), title="× not converged")
+        crossed = any(
+            not math.isfinite(value) for cells in panels.values() for cell in cells.values() for value in cell
+        )
+        title = "× not converged" if crossed else None
+        axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.02, 1), title=title)
     _write(figure, path)
 
 
@@ -140,15 +147,30 @@ def plot_features(panels: Mapping[str, Sequence[Sequence[float]]], path: Path) -
 
 
 @matplotlib.rc_context(STYLE)
-def plot_curves(curves: Mapping[str, Mapping[float, float]], path: Path) -> None:
-    """Write a PNG of the accuracy over ε, in grey levels, one line a checkpoint."""
-    figure = Figure(figsize=(8, 3.6), layout="constrained")
+def plot_curves(
+    curves: Mapping[str, Mapping[float, float]], fgsm: Mapping[str, Mapping[float, float]], eps: float, path: Path
+) -> None:
+    """Write a PNG of the accuracy over ε, in grey levels, one colour a checkpoint.
+
+    Args:
+        curves: under PGD, for each checkpoint by ε; the first one is drawn above the others.
+        fgsm: likewise under FGSM, dashed.
+        eps: of the headline, which is marked.
+    """
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
     axes = figure.subplots()
-    for name, shares in curves.items():
-        axes.plot([255 * eps for eps in shares], [100 * share for share in shares.values()], marker="o", label=name)
+    for place, name in enumerate(curves):
+        for shares, style in ((curves[name], {"label": name, "marker": "o"}), (fgsm[name], {"linestyle": "--"})):
+            levels, accuracies = [255 * at for at in shares], [100 * share for share in shares.values()]
+            axes.plot(levels, accuracies, color=_colour(name, place), markersize=4, zorder=3 - place / 100, **style)
+    axes.plot([], [], color="grey", marker="o", markersize=4, label="PGD-50, one start, two losses")
+    axes.plot([], [], color="grey", linestyle="--", label="FGSM")
+    axes.axvline(255 * eps, color="grey", linewidth=0.8, linestyle=":", label="ε of the headline")
     axes.set_xscale("symlog", base=2, linthresh=1)
     axes.set_xticks([0, 1, 2, 4, 8, 16, 32, 64, 128], ["0", "1", "2", "4", "8", "16", "32", "64", "128"])
-    axes.set(xlabel="largest change of a pixel ε, in levels of 255", ylabel="accuracy, %", ylim=(-2, 102))
+    axes.set(
+        xlabel="largest change of a pixel ε, in levels of 255", ylabel="accuracy, %", xlim=(-0.1, 140), ylim=(-2, 102)
+    )
     axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     _write(figure, path)
 
@@ -161,7 +183,7 @@ def plot_efforts(efforts: Mapping[str, Sequence[float]], path: Path) -> None:
     axes.boxplot(list(efforts.values()), orientation="horizontal", tick_labels=list(efforts), showfliers=False)
     for place, lengths in enumerate(efforts.values(), 1):
         axes.scatter(lengths, [place + 0.3] * len(lengths), s=6, alpha=0.5, color="C0")
-    axes.set(xlabel="L2 distance of an image to the nearest mistake", xlim=(0, None))
+    axes.set(xlabel="L2 distance of an image (a dot) to the nearest mistake", xlim=(0, None))
     axes.invert_yaxis()
     _write(figure, path)
 
@@ -179,10 +201,11 @@ def plot_attacked(
     figure = Figure(figsize=(1 + 1.7 * len(images), 5.2), layout="constrained")
     figure.suptitle(title)
     change = moved - images
-    amplified = 0.5 + 0.5 * change / change.abs().max().clamp_min(1e-12)
+    factor = 0.5 / change.abs().max().clamp_min(1e-12)
+    amplified = 0.5 + factor * change
     grid = figure.subplots(3, len(images), squeeze=False)
     for row, (kind, pictures, titles) in enumerate(
-        [("image", images, names), ("change, amplified", amplified, [""] * len(names)), ("sum", moved, mistaken)]
+        [("image", images, names), (f"change × {factor:.0f}", amplified, [""] * len(names)), ("sum", moved, mistaken)]
     ):
         for column, (axes, picture, text) in enumerate(zip(grid[row], pictures, titles, strict=True)):
             axes.imshow(picture.permute(1, 2, 0).numpy(), cmap="gray", vmin=0, vmax=1)
@@ -192,6 +215,13 @@ def plot_attacked(
             if column == 0:
                 axes.set_ylabel(kind)
     _write(figure, path)
+
+
+def _colour(name: str, place: int) -> str:
+    """Return a checkpoint's colour: black for a plain one, that of its magnitude, alike in all pictures, or any."""
+    if name.endswith("_conv"):
+        return "black"
+    return next((f"C{index}" for index, kind in enumerate(MAGNITUDES) if f"_{kind}_" in name), f"C{place}")
 
 
 def _write(figure: Figure, path: Path) -> None:

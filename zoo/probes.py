@@ -37,34 +37,20 @@ class Subject:
 Probe = Callable[[Subject, Tensor, Tensor, float, int], Tensor]
 
 
-# Of a model, images, labels, ε and a seed, the images that an attack makes.
-Perturbation = Callable[[nn.Module, Tensor, Tensor, float, int], Tensor]
-
-
 def step_size(eps: float, steps: int) -> float:
     """Return the step of PGD: one grey level, or what gets two and a half times as far as ε if that is more."""
     return max(PIXEL, 2.5 * eps / steps)
 
 
-def right_under(perturb: Perturbation) -> Probe:
-    """Return a probe: 1 where the model names the class of the perturbed image, else 0, as papers count."""
+def attack(perturb: Callable[[nn.Module, Tensor, Tensor, float, int], Tensor]) -> Probe:
+    """Return a probe: 1 where the model still names the class of the perturbed image, else 0."""
 
     def probe(subject: Subject, images: Tensor, labels: Tensor, eps: float, seed: int) -> Tensor:
         moved = perturb(subject.model, images, labels, eps, seed)
         farthest = (moved - images).abs().max().item()
         if farthest > eps + 1e-5 or moved.min() < 0 or moved.max() > 1:
             raise ArithmeticError(f"an attack moved a pixel by {farthest}, which may be {eps}, or out of [0, 1]")
-        return is_right(subject.model, moved, labels).float()
-
-    return probe
-
-
-def right_before_and_under(perturb: Perturbation) -> Probe:
-    """Return a probe: 1 where the model names the class of the image and of the perturbed image, else 0."""
-    under = right_under(perturb)
-
-    def probe(subject: Subject, images: Tensor, labels: Tensor, eps: float, seed: int) -> Tensor:
-        return is_right(subject.model, images, labels) * under(subject, images, labels, eps, seed)
+        return (is_right(subject.model, images, labels) & is_right(subject.model, moved, labels)).float()
 
     return probe
 
@@ -126,7 +112,7 @@ def auto_attack(subject: Subject, images: Tensor, labels: Tensor, eps: float, se
         def perturb(model: nn.Module, images: Tensor, labels: Tensor, eps: float, seed: int) -> Tensor:
             return tool.run_standard_evaluation(images, labels, batch_size=len(images))[0]
 
-        left = right_before_and_under(perturb)(subject, images, labels, eps, seed)
+        left = attack(perturb)(subject, images, labels, eps, seed)
     subject.flags.extend(said)
     return left
 
@@ -170,27 +156,27 @@ def batch_dependence(subject: Subject, images: Tensor, labels: Tensor, eps: floa
     return (together - alone).abs().amax(1) / together.abs().amax()
 
 
-PERTURBATIONS: dict[str, Perturbation] = {
-    "clean": lambda model, images, labels, eps, seed: images,
-    "noise": lambda model, images, labels, eps, seed: noise(model, images, labels, eps, seed=seed),
-    "fgsm": lambda model, images, labels, eps, seed: fgsm(model, images, labels, eps),
-    "bim": lambda model, images, labels, eps, seed: pgd(
-        model, images, labels, eps, step=PIXEL, steps=10, random_start=False
-    ),
-    "bim_quarter": lambda model, images, labels, eps, seed: pgd(
-        model, images, labels, eps, step=eps / 4, steps=10, random_start=False
-    ),
-    "square": square,
-}
-
 PROBES: dict[str, Probe] = {
-    **{name: right_before_and_under(perturb) for name, perturb in PERTURBATIONS.items()},
+    "clean": attack(lambda model, images, labels, eps, seed: images),
+    "noise": attack(lambda model, images, labels, eps, seed: noise(model, images, labels, eps, seed=seed)),
+    "fgsm": attack(lambda model, images, labels, eps, seed: fgsm(model, images, labels, eps)),
+    "bim": attack(
+        lambda model, images, labels, eps, seed: pgd(
+            model, images, labels, eps, step=PIXEL, steps=10, random_start=False
+        )
+    ),
+    "bim_quarter": attack(
+        lambda model, images, labels, eps, seed: pgd(
+            model, images, labels, eps, step=eps / 4, steps=10, random_start=False
+        )
+    ),
     "pgd": gradient_ascent(STEPS, RESTARTS, "cross_entropy"),
     "pgd_margin": gradient_ascent(STEPS, RESTARTS, "margin"),
     "pgd_long": gradient_ascent(LONG_STEPS, LONG_RESTARTS, "cross_entropy"),
     "pgd_double": in_double(gradient_ascent(STEPS, RESTARTS, "cross_entropy")),
     "curve": gradient_ascent(STEPS, 1, "cross_entropy", "margin"),
     "transfer": transfer,
+    "square": attack(square),
     "autoattack": auto_attack,
     "gradient_norm": gradient_norm("margin"),
     "cross_entropy_gradient": gradient_norm("cross_entropy"),

@@ -172,16 +172,19 @@ def draw(table: Table, results: Results, path: Path) -> None:
         titles = [f"{result['row']}\nerror {result['error']:.2f} %, spread {result['spread']:.2f}" for result in drawn]
         plot_features(dict(zip(titles, (result["features"] for result in drawn), strict=True)), path)
         return
-    metric = table.metrics[0]
-    ours: dict[tuple[str, str], list[float]] = {}
-    for result in results:
-        value = result[metric] if result["converged"] else math.nan
-        ours.setdefault((result["row"], result["column"]), []).append(value)
-    first = {place: values[0] for place, values in table.paper.items()}
-    paper = {place: [value if isinstance(value, float) else math.nan] for place, value in first.items()}
     data = ", ".join(dict.fromkeys(result["data"] for result in results if result["data"]))
-    panels = {f"here: {data}": ours, **({f"the paper: {table.paper_data}": paper} if paper else {})}
-    plot_table(table.rows, table.columns, panels, MEASURES[metric].title, path)
+    panels = {}
+    for metric in table.drawn:
+        ours: dict[tuple[str, str], list[float]] = {}
+        for result in results:
+            value = result[metric] if result["converged"] else math.nan
+            ours.setdefault((result["row"], result["column"]), []).append(value)
+        told = {place: table.of_paper(*place, metric) for place in table.paper}
+        paper = {place: [value if isinstance(value, float) else math.nan] for place, value in told.items()}
+        panels[f"{MEASURES[metric].title}\nhere: {data}"] = ours
+        if paper:
+            panels[f"{MEASURES[metric].title}\nthe paper: {table.paper_data}"] = paper
+    plot_table(table.rows, table.columns, panels, path, table.from_zero)
 
 
 def _network(recipe: Mapping[str, Any]) -> str:

@@ -11,18 +11,21 @@ from torch import Tensor
 
 from zoo.attacks import is_right, pgd
 from zoo.cards import markdown_table
-from zoo.masking import checks, suspected
+from zoo.image_files import evenly_spaced
+from zoo.masking import checks, suspected, unlooked_for
 from zoo.measures import interval
 from zoo.models import ImageModel, is_plain
 from zoo.plots import plot_attacked, plot_curves, plot_efforts
 from zoo.probes import ATTACKS, EFFORTS, STEPS, TITLES, step_size
-from zoo.robustness import COMPARED, PAPER_EPS, Result, compared_eps
+from zoo.robustness import COMPARED, CURVE_EPS, PAPER_EPS, Result, compared_eps
 
 # Of a card, by the names of probes.
 ON_CARDS = {"fgsm": "FGSM", "bim": "BIM", "pgd": "PGD-50×5", "autoattack": "AutoAttack"}
 # Of which two networks are compared image by image, beside the worst case.
 PAIRED = ("fgsm", "pgd")
 WORST = "worst case of each image"
+# In a picture of images.
+ATTACKED_IMAGES = 6
 # Second to the largest change of a pixel, the length of the whole change by which accuracy is told.
 L2_EPS = 0.5
 
@@ -102,7 +105,7 @@ def with_interval(values: Tensor) -> str:
 def headline(result: Result) -> str:
     """Return in one sentence how many images are named right in the worst case, and whether to believe it."""
     doubts = suspected(result)
-    believed = f"; masked gradients are suspected ({'; '.join(check.what for check in doubts)})" if doubts else ""
+    believed = f"; masked gradients are suspected ({'; '.join(check.told for check in doubts)})" if doubts else ""
     left_out = f" that was run (not {', '.join(result.unmeasured())})" if result.unmeasured() else ""
     return (
         f"{result.about['checkpoint']}: {with_interval(result.worst())} % of {result.about['images']} test images of "
@@ -115,7 +118,7 @@ def masking(result: Result) -> str:
     """Return whether masked gradients are suspected, and how many signs were not looked for."""
     if suspected(result):
         return "SUSPECTED"
-    if result.unmeasured():
+    if unlooked_for(result):
         return f"only {len(checks(result))} signs looked for" if checks(result) else "not looked for"
     return "not suspected"
 
@@ -147,36 +150,40 @@ def check_table(results: Sequence[Result]) -> str:
 
 
 def paired_table(results: Sequence[Result]) -> str:
-    """Return how many images each network keeps that the first one loses, and the other way round.
+    """Return how many images a network alone names right, and how many the first one alone, attack by attack.
 
     With the p-value of the exact sign test (McNemar's): of a difference at least as large if which of two networks that
-    disagree on an image keeps it were a matter of chance.
+    disagree on an image keeps it were a matter of chance. Attacks under which no two disagree are left out.
     """
     alike = [result.is_of_the_same_images(results[0]) for result in results]
     kept = {TITLES[name]: [result.of(name) for result in results] for name in PAIRED}
+    kept |= {
+        f"{TITLES['curve']}, {level(eps)}": [result.of("curve", eps) for result in results] for eps in CURVE_EPS[1:]
+    }
     kept[WORST] = [result.worst() for result in results]
     rows = [
         (attack, *(paired(first, other) if same else "–" for other, same in zip(others, alike[1:], strict=True)))
         for attack, (first, *others) in kept.items()
     ]
+    rows = [row for row in rows if set(row[1:]) != {"–"}]
     first, *others = columns(results)
-    return markdown_table((f"images kept that {first} loses, and the reverse", *others), rows)
+    return markdown_table((f"images that this network alone, {first} alone names right", *others), rows)
 
 
 def paired(theirs: Tensor | None, mine: Tensor | None) -> str:
     """Return how many images of the second only, of the first only are right, and the p-value of the sign test."""
-    if theirs is None or mine is None:
+    if theirs is None or mine is None or theirs.equal(mine):
         return "–"
     more, fewer = int((mine > theirs).sum()), int((mine < theirs).sum())
-    p = binomtest(more, more + fewer).pvalue if more + fewer else 1.0
+    p = binomtest(more, more + fewer).pvalue
     return f"{more}, {fewer} (p {'< 0.001' if p < 0.001 else f'= {p:.3f}'})"
 
 
 def paper_table(results: Sequence[Result]) -> str:
-    """Return the accuracy under FGSM and BIM at several ε, for comparison with the paper, whose ε is not known."""
+    """Return the accuracy at several ε under FGSM and BIM, as the paper has them, whose ε is not known, and PGD."""
     rows = []
-    for eps in compared_eps(results[0].eps):
-        for attack in COMPARED:
+    for eps in sorted({*compared_eps(results[0].eps), *CURVE_EPS[1:]}):
+        for attack in (*COMPARED, "curve"):
             shares = [result.accuracy(attack, eps) for result in results]
             if any(share is not None for share in shares):
                 cells = ("–" if share is None else f"{100 * share:.1f}" for share in shares)
@@ -232,7 +239,7 @@ def card_record(result: Result) -> dict[str, Any]:
         "images": result.about["images"],
         "accuracy": {title: share for title, share in shares.items() if share is not None},
         "worst_case": result.worst().mean().item(),
-        "suspected": [check.what for check in suspected(result)],
+        "suspected": [check.told for check in suspected(result)],
     }
 
 
@@ -264,10 +271,13 @@ def report(result: Result, twin: Result | None) -> str:
 def draw(results: Sequence[Result], stem: Path) -> list[Path]:
     """Write the pictures of results beside each other: accuracy over ε, and the efforts; return the files."""
     written = []
-    curves = {name_of(result): result.curve() for result in results if len(result.curve()) > 1}
-    if curves:
+    drawn = [result for result in results if len(result.curve()) > 1]
+    if drawn:
         written.append(stem.with_name(f"{stem.name}_curve.png"))
-        plot_curves(curves, written[-1])
+        eps = results[0].eps
+        levels = compared_eps(eps)
+        fgsm = {name_of(r): {at: s for at in levels if (s := r.accuracy("fgsm", at)) is not None} for r in drawn}
+        plot_curves({name_of(result): result.curve() for result in drawn}, fgsm, eps, written[-1])
     # The smallest of more attacks is smaller: only what the same ones found is shown side by side.
     alike = [result for result in results if efforts_of(result) == efforts_of(results[0])]
     efforts = {name_of(r): effort for r in alike if (effort := r.effort()) is not None}
@@ -283,12 +293,15 @@ def draw_attacked(model: ImageModel, images: Tensor, labels: Tensor, eps: float,
 
     If it names none right, there is no picture.
     """
-    right = is_right(model, images, labels).nonzero()[:6, 0]
-    images, labels = images[right], labels[right]
+    right = is_right(model, images, labels).nonzero()[:, 0]
     if not len(right):
         return
+    # In a data set that is sorted, the first ones would be of one class.
+    right = right[evenly_spaced(ATTACKED_IMAGES, len(right))]
+    images, labels = images[right], labels[right]
     moved = pgd(model, images, labels, eps, step=step_size(eps, STEPS), steps=STEPS)
     with torch.no_grad():
         guesses = [model(batch).argmax(1).tolist() for batch in (images, moved)]
     names = [[model.class_names[guess] for guess in each] for each in guesses]
-    plot_attacked(images.cpu(), moved.cpu(), *names, f"PGD-{STEPS}, ε = {level(eps)}", path)
+    title = f"{model.spec.architecture} with {model.spec.operator_name}, PGD-{STEPS}, ε = {level(eps)}"
+    plot_attacked(images.cpu(), moved.cpu(), *names, title, path)

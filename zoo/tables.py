@@ -53,6 +53,8 @@ class Table:
         rows, columns: their names in order; each is a part of the recipe.
         paper: the paper's numbers of a (row, column), those of the first metrics; a string for none, as "N/C".
         paper_data: what the paper's numbers were measured on.
+        drawn: which of the metrics the picture shows.
+        from_zero: whether its axes begin at 0.
         verdict: what the published results confirm of the paper's and what not, for a reader.
     """
 
@@ -62,6 +64,8 @@ class Table:
     columns: tuple[str, ...]
     paper: Mapping[tuple[str, str], Sequence[float | str]]
     paper_data: str | None
+    drawn: tuple[str, ...]
+    from_zero: bool
     verdict: str
     definition: Mapping[str, Any]
 
@@ -114,6 +118,8 @@ def read_table(name: str) -> Table:
         tuple(columns),
         paper,
         definition.get("paper"),
+        tuple(definition.get("drawn", definition["metrics"][:1])),
+        definition.get("from_zero", False),
         definition["verdict"],
         definition,
     )
