@@ -1,6 +1,7 @@
 """``train.py`` whose first process sends itself the signal ``$SIGNAL``, if that is set, before step ``$STEP``."""
 
 import os
+import signal
 
 import lightning as L
 
@@ -14,5 +15,7 @@ class Signal(L.Callback):
 
 
 if __name__ == "__main__":
+    # Which nohup, by which the tests may have been begun, lets all programs ignore.
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     with readable_errors():
         run(callbacks=[Signal()])

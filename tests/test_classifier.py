@@ -198,7 +198,6 @@ class StopAfter(L.Callback):
         trainer.should_stop = trainer.current_epoch + 1 >= self.epochs
 
 
-@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists")  # resuming is what it is for
 @pytest.mark.parametrize(
     "settings",
     [

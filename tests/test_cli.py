@@ -31,8 +31,6 @@ DIGITS = [name for name in zoo.list_checkpoints() if name.startswith("digits_")]
 SHORT = "--trainer.max_epochs 1 --trainer.limit_train_batches 2 --trainer.limit_val_batches 1".split()
 
 pytestmark = [
-    # Resuming and testing look into the folder of the run they go on with.
-    pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists"),
     # Two steps are fewer than the logging interval that real recipes have.
     pytest.mark.filterwarnings("ignore:The number of training batches"),
 ]

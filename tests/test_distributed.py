@@ -48,22 +48,22 @@ STRATEGIES = {
 }
 
 
-def command(folder, strategy, *options):
+def command(folder, strategy, *options, script="train.py"):
     recipe = folder / "recipe.yaml"
     if not recipe.exists():
         recipe.write_text(yaml.safe_dump(RECIPE))
     batch = ["--data.batch_size=32" if strategy == "one" else "--data.batch_size=16"]
     words = ["--config", str(recipe), *batch, *STRATEGIES[strategy], "--checkpoint.dirpath", str(folder / strategy)]
-    return [sys.executable, str(ROOT / "train.py"), "fit", *words, *options]
+    return [sys.executable, str(ROOT / script), "fit", *words, *options]
 
 
 def environment(folder):
     return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(folder / "caches")}
 
 
-def train(folder, strategy, *options):
+def train(folder, strategy, *options, script="train.py"):
     run = subprocess.run(
-        command(folder, strategy, *options),
+        command(folder, strategy, *options, script=script),
         cwd=folder,
         env=environment(folder),
         capture_output=True,
@@ -134,15 +134,15 @@ def test_shards_go_on_to_the_bit(runs, tmp_path):
 
 def test_a_signal_to_the_first_process_stops_and_saves_all(runs, tmp_path):
     folder = tmp_path / "ddp"
-    words = command(tmp_path, "ddp")
-    words[1] = str(ROOT / "tests/signalled.py")
+    script = "tests/signalled.py"
+    words = command(tmp_path, "ddp", script=script)
     stop = {"SIGNAL": str(int(signal.SIGTERM)), "STEP": str(BATCHES + 2)}
     stopped = subprocess.run(
         words, cwd=tmp_path, env={**environment(tmp_path), **stop}, capture_output=True, text=True, timeout=300
     )
     assert stopped.returncode == 128 + signal.SIGTERM, stopped.stderr[-3000:]
     assert read_lightning_checkpoint(folder / "last.ckpt")["global_step"] == BATCHES + 3
-    assert_same_weights(runs[1]["ddp"], train(tmp_path, "ddp"), rtol=0, atol=0)
+    assert_same_weights(runs[1]["ddp"], train(tmp_path, "ddp", script=script), rtol=0, atol=0)
 
 
 # The second process is where it cannot hear that the first one fails, as NCCL's are.
@@ -181,8 +181,7 @@ def has_ended(process):
 def test_a_full_disk_ends_all_processes(tmp_path):
     script = tmp_path / "train.py"
     script.write_text(WAITING)
-    words = command(tmp_path, "ddp")
-    words[1] = str(script)
+    words = command(tmp_path, "ddp", script=script)
     settings = {"cwd": tmp_path, "env": environment(tmp_path), "capture_output": True, "text": True}
     run = subprocess.run(words, timeout=300, **settings)
     assert run.returncode == 1 and re.search(

@@ -89,7 +89,7 @@ def test_a_loader_goes_on_where_its_state_was(images, workers):
         for _ in range(done):
             next(batches)
         state = stopped.state_dict()
-        assert state == {"epoch": epoch, "batches": done, "images_a_batch": 4}
+        assert state == {"epoch": epoch, "batches": done, "images_a_batch": 4, "images": 23}
         resumed.load_state_dict(state)
         # Lightning makes the iterator before it tells the epoch.
         batches = iter(resumed)
@@ -116,7 +116,7 @@ def test_an_epoch_is_not_gone_on_with_in_other_batches():
 
 def test_a_state_is_of_its_own_epoch_alone():
     loader, fresh = make_loader(10, 3), make_loader(10, 3)
-    loader.load_state_dict({"epoch": 0, "batches": 2, "images_a_batch": 3})
+    loader.load_state_dict({"epoch": 0, "batches": 2, "images_a_batch": 3, "images": 10})
     loader.sampler.set_epoch(1)
     fresh.sampler.set_epoch(1)
     assert labels_of(loader) == labels_of(fresh)

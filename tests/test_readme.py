@@ -53,7 +53,6 @@ def test_the_code_runs(number, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.filterwarnings("ignore:The number of training batches")  # as few as a test can do with
-@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists")  # predict looks into the folder of the run
 def test_the_fine_tuning_commands_run(tmp_path, monkeypatch, capsys):
     commands = next(block for block in BASH if "train.py fit" in block)
     monkeypatch.chdir(tmp_path)

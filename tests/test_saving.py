@@ -107,10 +107,6 @@ def stopped(folder, data, epoch, batch, number=signal.SIGTERM, **arguments):
     return stop.value.code
 
 
-resumes = pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists")
-
-
-@resumes
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 def test_a_run_goes_on_to_the_bit_from_any_batch(settings, tmp_path):
     def data():
@@ -128,7 +124,6 @@ def test_a_run_goes_on_to_the_bit_from_any_batch(settings, tmp_path):
         assert digest(fit(folder, data(), ckpt_path=folder / "last.ckpt", **settings)) == whole, (epoch, batch)
 
 
-@resumes
 @pytest.mark.parametrize(("workers", "augment"), [(0, "crop_flip"), (2, "crop_flip"), (2, "resized_crop_flip")])
 def test_a_run_on_images_from_disk_goes_on_to_the_bit(workers, augment, folder, tmp_path):
     """With any number of workers, and as from memory."""
@@ -142,7 +137,6 @@ def test_a_run_on_images_from_disk_goes_on_to_the_bit(workers, augment, folder, 
     assert digest(fit(tmp_path / "run", data(2 - workers), ckpt_path=tmp_path / "run/last.ckpt")) == whole
 
 
-@resumes
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed"])
 def test_a_run_on_a_gpu_goes_on_to_the_bit(precision, tmp_path):
@@ -153,7 +147,6 @@ def test_a_run_on_a_gpu_goes_on_to_the_bit(precision, tmp_path):
     assert digest(resumed) == whole
 
 
-@resumes
 def test_accumulated_gradients_are_finished_before_a_stop(tmp_path):
     settings = {"accumulate_grad_batches": 2}
     whole = digest(fit(tmp_path / "whole", Digits(batch_size=16), **settings))
@@ -182,7 +175,6 @@ class Enough(L.Callback):
         self.stop(trainer, validating=True)
 
 
-@resumes
 @pytest.mark.parametrize(
     "stop",
     [
@@ -209,7 +201,6 @@ def test_what_stops_between_two_steps_loses_no_gradient(stop, tmp_path):
     assert digest(train(tmp_path / "run", path=tmp_path / "run/last.ckpt")) == whole
 
 
-@resumes
 @pytest.mark.parametrize(
     "arguments", [{"max_steps": 7, "max_epochs": -1}, {"max_time": {"milliseconds": 1}}], ids=["max_steps", "max_time"]
 )
@@ -245,7 +236,6 @@ class Validations(L.Callback):
         self.found.append((*place, trainer.callback_metrics["val_loss"].item()))
 
 
-@resumes
 @pytest.mark.parametrize(
     ("interval", "stop"),
     [
@@ -275,7 +265,6 @@ def test_a_validation_that_is_broken_off_is_begun_again(interval, stop, settings
     assert len(set(scores)) == 1
 
 
-@resumes
 def test_what_a_validation_stops_within_an_epoch_goes_on_within_it(tmp_path):
     def train(folder, *callbacks, path=None):
         return fit(folder, Digits(batch_size=16), *callbacks, val_check_interval=2, ckpt_path=path)
@@ -286,7 +275,6 @@ def test_what_a_validation_stops_within_an_epoch_goes_on_within_it(tmp_path):
     assert digest(train(tmp_path / "run", path=tmp_path / "run/last.ckpt")) == whole
 
 
-@resumes
 def test_a_run_can_be_saved_between(tmp_path):
     class Saved(L.Callback):
         def on_train_batch_end(self, trainer, *_):
@@ -329,7 +317,6 @@ def save_until_killed(path):
         os._exit(1)
 
 
-@resumes
 @pytest.mark.parametrize("place", ["beside the temporary files", "on another file system"])
 def test_a_killed_save_leaves_a_whole_checkpoint_and_no_litter(place, tmp_path, monkeypatch):
     folder = tmp_path / "run"
@@ -418,7 +405,6 @@ def test_a_file_system_without_locks_is_trained_on_without(number, tmp_path, mon
     assert (tmp_path / "last.ckpt").exists()
 
 
-@resumes
 def test_a_run_that_waited_for_another_does_not_begin_anew_over_its_checkpoint(tmp_path):
     class Late(L.Callback):
         """Saves where the command line has looked for checkpoints, before the run has the folder to itself."""
@@ -432,7 +418,6 @@ def test_a_run_that_waited_for_another_does_not_begin_anew_over_its_checkpoint(t
     assert {path.name for path in tmp_path.iterdir()} == {"last.ckpt"}
 
 
-@resumes
 @pytest.mark.parametrize("damage", ["missing", "empty", "one bit"])
 def test_a_run_goes_on_with_the_checkpoint_before_a_damaged_one(damage, tmp_path):
     whole = digest(fit(tmp_path / "whole", Digits(batch_size=16)))

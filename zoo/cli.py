@@ -35,8 +35,6 @@ from zoo.sources import shape_of
 # Lightning's advertisement, and a deprecated function that it calls itself.
 logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "litlogger" not in record.msg)
 warnings.filterwarnings("ignore", message=".*LeafSpec", module="lightning")
-# A folder of another run is refused; one of this run is meant.
-warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
 
 CURABLE = (
     argparse.ArgumentError,
@@ -102,7 +100,8 @@ class ZooCLI(LightningCLI):
         self.command = command_of("python", "train.py", *arguments)
         subcommand = next((place for place, word in enumerate(arguments, 1) if word in self.subcommands()), 0)
         self.config = self._parsed(parser, arguments, subcommand)
-        self.settings = hash_of(self.config)
+        fit = self.config.get("fit")
+        self.settings = hash_of(fit) if fit else None
         if left := self._left_by_the_same_command():
             rank_zero_info(f"going on with {left}, which the same command has left")
             self.config = self._parsed(parser, [*arguments, "--ckpt_path", left], subcommand)
@@ -277,12 +276,10 @@ def refuse_settings(subcommand: str, settings: Namespace) -> None:
         )
 
 
-def hash_of(config: Namespace) -> str:
+def hash_of(settings: Namespace) -> str:
     """Return a hash of all settings of a command, in whatever words and files they were given."""
-    settings = config.clone()
-    for section in (settings, *filter(None, [settings.get(settings.get("subcommand") or "")])):
-        section.pop("config", None)
-    return hashlib.sha256(json.dumps(settings.as_dict(), sort_keys=True, default=str).encode()).hexdigest()
+    given = {name: value for name, value in settings.as_dict().items() if name != "config"}
+    return hashlib.sha256(json.dumps(given, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def command_of(*words: str) -> str:

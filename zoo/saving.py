@@ -106,6 +106,8 @@ class LastCheckpoint(Checkpoint):
         # Whether what is being saved has yet to be validated.
         self.unvalidated = False
         self.lock: FileLock | None = None
+        # Lightning warns of files in the folder, the lock among them; those of another run are refused here.
+        warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
 
     def setup(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
         if stage == "fit" and trainer.is_global_zero and (folder := self._folder(trainer)):
