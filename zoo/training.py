@@ -251,7 +251,7 @@ def train_zoo(
 
 @contextlib.contextmanager
 def _one_line_an_epoch() -> Iterator[None]:
-    """Silence what Lightning tells of each training, and its warning that a folder to go on in is not empty."""
+    """Silence what Lightning tells of each training, and its warning that an epoch has few batches."""
     loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
     levels = [logger.level for logger in loggers]
     with warnings.catch_warnings():
