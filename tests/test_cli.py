@@ -245,7 +245,7 @@ def test_other_words_for_the_same_settings_go_on(run):
     Path("recipe.yaml").write_text("model: {learning_rate: 0.01}\ntrainer: {max_epochs: 1}\n")
     folder = ("--checkpoint.dirpath", "run")
     assert run("fit", *folder, *SHORT, "--model.learning_rate=0.01")[0] == 0
-    status, _, errors = run("fit", "--config=recipe.yaml", *SHORT[2:], "--checkpoint.dirpath=run")
+    status, _, errors = run("fit", "--config=recipe.yaml", *SHORT[2:], "--checkpoint.dirpath=./run/")
     assert status == 0 and "nothing was trained" in run.told(), errors
     Path("recipe.yaml").write_text("model: {learning_rate: 0.02}\ntrainer: {max_epochs: 1}\n")
     status, _, errors = run("fit", "--config=recipe.yaml", *SHORT[2:], "--checkpoint.dirpath=run")

@@ -277,8 +277,11 @@ def refuse_settings(subcommand: str, settings: Namespace) -> None:
 
 
 def hash_of(settings: Namespace) -> str:
-    """Return a hash of all settings of a command, in whatever words and files they were given."""
-    given = {name: value for name, value in settings.as_dict().items() if name != "config"}
+    """Return a hash of all settings of fit but its folder, in whatever words and files they were given."""
+    given = settings.as_dict()
+    given.pop("config", None)
+    # Commands are compared that name the same one, spelt in one way or another.
+    del given["checkpoint"]["dirpath"]
     return hashlib.sha256(json.dumps(given, sort_keys=True, default=str).encode()).hexdigest()
 
 
