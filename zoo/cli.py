@@ -236,13 +236,13 @@ def refuse_folder_of_another_run(settings: Namespace) -> None:
     if settings.ckpt_path and Path(settings.ckpt_path).resolve().parent == folder.resolve():
         return
     last = folder / LAST
-    if last.exists() or last.with_name(PREVIOUS).exists():
+    if last.exists() or (folder / PREVIOUS).exists():
         record = record_of(usable_checkpoint(last))
         raise FileExistsError(
             f"{last} is of another command: {record['training']['command']}; to go on with its run, give "
             f"--ckpt_path {last}; for a new one, choose another folder (--checkpoint.dirpath)"
         )
-    best = last.with_name(f"{settings.checkpoint.filename}.ckpt")
+    best = folder / f"{settings.checkpoint.filename}.ckpt"
     if best.exists():
         raise FileExistsError(
             f"{best} is another run's, and would be overwritten; move it, or choose another folder "

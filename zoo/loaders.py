@@ -201,7 +201,8 @@ class TrainingLoader(Loader):
             ValueError: within an epoch, whose batches were of another size, or of another number of images.
         """
         begun = 0 < state["batches"] < len(self)
-        if begun and state["images"] != self.sampler.images:
+        # Earlier versions did not tell.
+        if begun and state.get("images", self.sampler.images) != self.sampler.images:
             raise ValueError(
                 f"the epoch was begun with {state['images']:,} training images, and there are "
                 f"{self.sampler.images:,} now: go on with the same ones, or from the end of an epoch"
