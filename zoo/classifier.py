@@ -359,6 +359,9 @@ class Classifier(L.LightningModule):
             self._set_model(spec.build())
         # The checkpoint's normalisation is part of its spec and not among its weights.
         self.model.normalise_as(spec)
+        # Lightning would do so only after it has rounded the checkpoint's weights to float32 (2.6).
+        if self._trainer and self.trainer.precision == "64-true":
+            self.model.double()
         if stage == "predict" and self._trainer:
             self._announce()
 

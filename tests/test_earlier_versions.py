@@ -1,0 +1,65 @@
+"""What earlier versions wrote goes on: runs, to the bit, and the class paths that recipes and checkpoints name."""
+
+import importlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+# A run of version 0.1, stopped by SIGTERM in its second epoch, after this step.
+EARLIER, STEP = ROOT / "tests" / "earlier_run" / "last.ckpt", 11
+# In float64, so that what another processor rounds otherwise stays far below what a wrong step would change.
+COMMAND = """
+    fit --seed_everything 3 --data.batch_size 32 --data.augment crop_flip_cutout --model.mixup 0.2
+    --model.architecture cnn9 --model.architecture_args {"widths":[4,4,4],"hidden":8}
+    --model.operator {"name":"tanh_cosine","radius_mode":"learned","radius_relative":true}
+    --trainer.max_epochs 2 --trainer.limit_train_batches 8 --trainer.precision 64-true --trainer.accelerator cpu
+    --trainer.callbacks WeightProjection --trainer.callbacks.every_n_steps 3
+""".split()
+
+
+def fit(folder, step=-1):
+    """Run the command with that folder, let it be stopped in a step, and return the exit status and what it told."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "SIGNAL": str(int(signal.SIGTERM)), "STEP": str(step)}
+    words = [sys.executable, "-m", "tests.signalled", *COMMAND, "--checkpoint.dirpath", folder.name]
+    done = subprocess.run(words, cwd=folder.parent, env=environment, capture_output=True, text=True)
+    return done.returncode, done.stderr
+
+
+def tensors(file):
+    return torch.load(file, weights_only=True)["state_dict"]
+
+
+def test_a_run_of_an_earlier_version_goes_on_by_the_same_command_to_the_bit(tmp_path):
+    run, whole, again = (tmp_path / name for name in ("run", "whole", "again"))
+    run.mkdir()
+    shutil.copy(EARLIER, run)
+    status, told = fit(run)
+    assert status == 0 and "going on with run/last.ckpt, which the same command has left" in told
+    assert fit(whole)[0] == 0
+    assert fit(again, step=STEP - 1)[0] == 128 + signal.SIGTERM
+    mine, theirs = tensors(run / "last.ckpt"), tensors(whole / "last.ckpt")
+    assert mine.keys() == theirs.keys() and len(mine) > 50
+    # A processor that rounds as the one that wrote the checkpoint has to end with the very same weights.
+    begun, beginning = tensors(EARLIER), tensors(again / "last.ckpt")
+    tolerance = 0 if all(begun[name].equal(beginning[name]) for name in begun) else 1e-9
+    for name, value in mine.items():
+        torch.testing.assert_close(value, theirs[name], rtol=tolerance, atol=tolerance, msg=name)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        *(f"zoo.data.{name}" for name in ("Digits", "MNIST", "CIFAR10", "CIFAR100", "ImageFolder")),
+        *(f"zoo.callbacks.{name}" for name in ("WeightProjection", "WeightedGradients", "StopInTime", "EpochLines")),
+    ],
+)
+def test_class_paths_that_recipes_name_stay(path):
+    module, _, name = path.rpartition(".")
+    assert isinstance(getattr(importlib.import_module(module), name), type)
