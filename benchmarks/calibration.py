@@ -27,7 +27,7 @@ from zoo.checkpoints import PRETRAINED, read_config
 from zoo.cli import run
 from zoo.data import ImageData
 from zoo.export import recorded_data
-from zoo.models import PLAIN, ImageModel
+from zoo.models.building import PLAIN, ImageModel
 from zoo.sources import convert
 
 OUTPUT = measure.RESULTS / "calibration.json"

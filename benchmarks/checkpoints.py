@@ -15,7 +15,7 @@ from torch import nn
 import zoo
 from benchmarks import measure
 from zoo.checkpoints import PRETRAINED, read_config
-from zoo.models import PLAIN, ModelSpec
+from zoo.models.building import PLAIN, ModelSpec
 
 
 def families() -> dict[str, list[str]]:

@@ -12,7 +12,7 @@ from benchmarks import calibration, finetune
 from benchmarks.report import DOCS, read
 from zoo.cards import markdown_table
 from zoo.checkpoints import write_whole
-from zoo.models import PLAIN
+from zoo.models.building import PLAIN
 from zoo.plots import STYLE
 from zoo.reports import filled
 

@@ -31,8 +31,8 @@ from zoo.cards import markdown_table
 from zoo.checkpoints import write_whole
 from zoo.classifier import Classifier
 from zoo.image_files import decode
+from zoo.models.transform import ImageTransform
 from zoo.reports import filled
-from zoo.transforms import ImageTransform
 
 OUTPUT = measure.RESULTS / "scaling.json"
 PAGE = DOCS / "scaling.md"

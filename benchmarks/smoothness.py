@@ -18,8 +18,8 @@ from benchmarks.report import DOCS, read
 from zoo.cards import markdown_table
 from zoo.checkpoints import write_whole
 from zoo.export import measured_data
-from zoo.models import is_plain
-from zoo.origin import origin
+from zoo.models.building import is_plain
+from zoo.provenance import origin
 from zoo.reports import filled
 from zoo.smoothness import by_layer
 

@@ -24,7 +24,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from benchmarks import measure
 from operators import ConversionReport, OperatorConfig, convert_decoupled, decoupled_layers, revert
-from zoo.models import ARCHITECTURES
+from zoo.models.building import ARCHITECTURES
 
 IDENTITY = OperatorConfig("linear", "cosine", weighting="linear")
 OPERATOR = "tanh_cosine"

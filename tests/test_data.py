@@ -25,8 +25,8 @@ import zoo.data
 import zoo.image_files
 from zoo.augmentation import augment_batch, random_cutout, random_flip, random_resized_crop, random_shift
 from zoo.data import build_data
+from zoo.models.transform import ImageTransform
 from zoo.randomness import uniform
-from zoo.transforms import ImageTransform
 
 SPLITS = ("train", "val", "test")
 FOLDERS = {"MNIST": "MNIST/raw", "CIFAR10": "cifar-10-batches-py", "CIFAR100": "cifar-100-python"}

@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # A file may import only from files of a lower rank.
 RANKS = {
+    "zoo/models/__init__.py": 0,
     "operators/lookup.py": 0,
     "operators/running_norm.py": 0,
     "operators/magnitude.py": 1,
@@ -29,8 +30,8 @@ RANKS = {
     "zoo/architectures/cnn.py": 6.1,
     "zoo/architectures/resnet.py": 6.1,
     "zoo/architectures/__init__.py": 6.2,
-    "zoo/transforms.py": 6,
-    "zoo/models.py": 7,
+    "zoo/models/transform.py": 6,
+    "zoo/models/building.py": 7,
     "zoo/cards.py": 7,
     "zoo/errors.py": 7,
     "zoo/hub.py": 7.1,
@@ -49,7 +50,7 @@ RANKS = {
     "zoo/saving.py": 10,
     "zoo/lightning_checkpoints.py": 10.05,
     "zoo/sharding.py": 10,
-    "zoo/origin.py": 6,
+    "zoo/provenance.py": 6,
     "zoo/guard.py": 10,
     "zoo/plots.py": 10,
     "zoo/attacks.py": 6,

@@ -13,7 +13,7 @@ from torch import nn
 import zoo
 from operators import DecoupledConv2d, OperatorConfig
 from zoo.architectures.cnn import CNN
-from zoo.models import ARCHITECTURES, ModelSpec
+from zoo.models.building import ARCHITECTURES, ModelSpec
 
 # Parameters counted by hand from the architecture's description, with 3 channels and 10 (1000) classes.
 PARAMETERS = {

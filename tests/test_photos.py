@@ -10,7 +10,7 @@ from PIL import Image
 
 from benchmarks import photos
 from zoo.data import build_data
-from zoo.transforms import ImageTransform
+from zoo.models.transform import ImageTransform
 
 CLASSES = ["flower", "portrait", "temple"]
 

@@ -15,7 +15,7 @@ from zoo import reports, tables
 from zoo.cards import markdown_table
 from zoo.data import Digits
 from zoo.measures import Answers, interval
-from zoo.models import ModelSpec
+from zoo.models.building import ModelSpec
 from zoo.probes import PROBES, shortest
 from zoo.tables import list_tables, measured, merged, read_results, read_table, result_path, run_table
 from zoo.training import Device, Trained

@@ -15,7 +15,7 @@ from zoo.checkpoints import (
     verify,
 )
 from zoo.errors import CheckpointError, HubError
-from zoo.models import ImageModel, build, list_architectures
+from zoo.models.building import ImageModel, build, list_architectures
 
 __all__ = [
     "CheckpointError",

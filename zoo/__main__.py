@@ -28,10 +28,10 @@ from zoo.cli import command_of, portable, readable_errors, stop_status
 from zoo.data import DATA, Digits, ImageData, ImageFolder
 from zoo.export import check_absent, check_name, export, measure, measured_data, recorded_data
 from zoo.image_files import sample_files
-from zoo.models import PLAIN, is_plain
-from zoo.origin import origin
+from zoo.models.building import PLAIN, is_plain
 from zoo.plots import plot_operators, plot_predictions
 from zoo.probes import NEEDS, optional
+from zoo.provenance import origin
 from zoo.publish import publish
 from zoo.reports import write_reports
 from zoo.robustness import BATCH, EPS, Result, chosen_steps, companions_of, evaluate

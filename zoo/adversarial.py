@@ -9,7 +9,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from zoo.attacks import fgsm, is_right, pgd
-from zoo.models import ImageModel
+from zoo.models.building import ImageModel
 
 # Validation images that are attacked after each epoch, and how.
 CHECKED_IMAGES, CHECKED_STEPS = 512, 10

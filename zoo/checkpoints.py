@@ -23,7 +23,7 @@ from zoo import hub
 from zoo.cards import model_card
 from zoo.errors import CheckpointError, DamagedError, HubError
 from zoo.hub import CARD, CONFIG, WEIGHTS
-from zoo.models import ImageModel, ModelSpec
+from zoo.models.building import ImageModel, ModelSpec
 from zoo.weights import PRECISIONS, listed, misfits, read_into, serialise
 
 SCHEMA = 1

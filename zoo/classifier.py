@@ -25,8 +25,8 @@ from zoo.callbacks import MovingAverage
 from zoo.data import ImageData, first_alone, given_arguments
 from zoo.guard import SkippedSteps, explanation
 from zoo.lightning_checkpoints import RECORD, read_record
-from zoo.models import PLAIN, ImageModel, ModelSpec, build
-from zoo.origin import commit, origin
+from zoo.models.building import PLAIN, ImageModel, ModelSpec, build
+from zoo.provenance import commit, origin
 from zoo.randomness import run_seed, seed_of
 from zoo.sharding import check_sharding, shard
 from zoo.sources import convert, licence_of, start_from

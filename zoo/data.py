@@ -41,9 +41,9 @@ from zoo.image_files import (
     unreadable,
 )
 from zoo.loaders import Loader, MemoryImages, Share, TrainingLoader, as_it_is
+from zoo.models.transform import ImageTransform
 from zoo.preflight import examine
 from zoo.randomness import run_seed
-from zoo.transforms import ImageTransform
 
 # Images to predict on are read later, when it is known what the network takes.
 STAGES = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ()}

@@ -11,7 +11,7 @@ from zoo.checkpoints import find_local, read_config
 from zoo.classifier import check_data
 from zoo.data import DATA, ImageData
 from zoo.lightning_checkpoints import read_lightning_checkpoint, read_record
-from zoo.models import ImageModel, ModelSpec
+from zoo.models.building import ImageModel, ModelSpec
 
 # Weights of more bytes are embedded in float16, for all checkpoints together have 40 MiB.
 LARGEST_IN_FLOAT32 = 2**20

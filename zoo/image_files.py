@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from zoo.transforms import ImageTransform
+from zoo.models.transform import ImageTransform
 
 # Of a split, so many files that are no readable images are put up with unless told otherwise.
 MOST_UNREADABLE = 10

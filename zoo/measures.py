@@ -7,7 +7,7 @@ import torch
 from scipy.stats import binomtest
 from torch import Tensor
 
-from zoo.models import ImageModel
+from zoo.models.building import ImageModel
 from zoo.probes import PROBES, Subject, exact_arithmetic
 
 # In units of pixels; the paper does not tell its own.

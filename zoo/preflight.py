@@ -9,7 +9,7 @@ from pathlib import Path
 
 from zoo.checkpoints import write_whole
 from zoo.image_files import decode_each
-from zoo.transforms import ImageTransform
+from zoo.models.transform import ImageTransform
 
 # So many files, and then as many as are known, are opened before what was found is kept.
 AT_ONCE = 20_000

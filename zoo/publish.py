@@ -9,7 +9,7 @@ from huggingface_hub import CommitOperationAdd, HfApi, constants
 from zoo.checkpoints import find, list_checkpoints, read_config, verify
 from zoo.errors import CheckpointError, HubError
 from zoo.hub import COMMIT, FILES, OutOfTime, in_time, is_repository, is_revision, status_of
-from zoo.models import PLAIN, ModelSpec
+from zoo.models.building import PLAIN, ModelSpec
 
 # The client alone would wait for ever.
 SECONDS_TO_PUBLISH, LEAST_BYTES_A_SECOND = 60, 100_000

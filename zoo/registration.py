@@ -16,7 +16,7 @@ import timm
 from torch import nn
 
 from zoo.checkpoints import HUB, find, load, load_untrained, read_config
-from zoo.models import ARCHITECTURES, OF_TIMM
+from zoo.models.building import ARCHITECTURES, OF_TIMM
 
 
 def register() -> None:

@@ -11,7 +11,7 @@ import zoo
 from zoo.cards import markdown_table
 from zoo.checkpoints import PRETRAINED, WEIGHTS, read_config, write_whole
 from zoo.measures import MEASURES, interval
-from zoo.models import PLAIN
+from zoo.models.building import PLAIN
 from zoo.plots import plot_features, plot_table
 from zoo.robustness_report import draw as draw_robustness
 from zoo.robustness_report import family_blocks, published_families

@@ -17,9 +17,9 @@ from zoo.checkpoints import read_config, write_whole
 from zoo.classifier import check_data
 from zoo.data import ImageData
 from zoo.image_files import evenly_spaced
-from zoo.models import ModelSpec, is_plain
-from zoo.origin import origin
+from zoo.models.building import ModelSpec, is_plain
 from zoo.probes import AT_SEVERAL_EPS, ATTACKS, EFFORTS, GRADIENT_ATTACKS, PROBES, Subject, exact_arithmetic
+from zoo.provenance import origin
 
 # In units of pixels in [0, 1]: the largest change of a pixel unless another is asked for, those at which FGSM and BIM
 # are compared with the paper, and those of the curve.

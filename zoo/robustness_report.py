@@ -14,7 +14,7 @@ from zoo.cards import markdown_table
 from zoo.image_files import evenly_spaced
 from zoo.masking import checks, suspected, unlooked_for
 from zoo.measures import interval
-from zoo.models import ImageModel, is_plain
+from zoo.models.building import ImageModel, is_plain
 from zoo.plots import plot_attacked, plot_curves, plot_efforts
 from zoo.probes import ATTACKS, EFFORTS, STEPS, TITLES, step_size
 from zoo.robustness import COMPARED, CURVE_EPS, PAPER_EPS, Result, compared_eps

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from zoo.models import ImageModel
+from zoo.models.building import ImageModel
 
 POWER_ITERATIONS = 10
 PAIRS = 200

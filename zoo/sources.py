@@ -15,7 +15,7 @@ from timm.models import PretrainedCfg
 from operators import ConversionReport, OperatorConfig, convert_decoupled
 from operators.lookup import unknown_name
 from zoo.checkpoints import find, load, read_config
-from zoo.models import ARCHITECTURES, ImageModel, build
+from zoo.models.building import ARCHITECTURES, ImageModel, build
 from zoo.weights import listed, misfits
 
 # What stands before the name of an architecture whose weights timm has.

@@ -17,7 +17,7 @@ from operators.lookup import look_up
 from zoo.checkpoints import write_whole
 from zoo.export import trained_model
 from zoo.measures import MEASURES, Answers
-from zoo.origin import origin
+from zoo.provenance import origin
 from zoo.training import CONFIGS, LEAST_SECONDS, Device, Trained, train
 
 TABLES = CONFIGS / "tables"

@@ -15,7 +15,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from operators import OperatorConfig, convert_decoupled, decoupled_layers
 from operators.lookup import look_up, unknown_name
 from zoo import architectures
-from zoo.transforms import ImageTransform
+from zoo.models.transform import ImageTransform
 
 ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {
     name: getattr(architectures, name) for name in architectures.__all__

@@ -1,0 +1,1 @@
+"""A network, its operator and its images made into one model."""
