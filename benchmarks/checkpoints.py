@@ -14,7 +14,7 @@ from torch import nn
 
 import zoo
 from benchmarks import measure
-from zoo.checkpoints import PRETRAINED, read_config
+from zoo.checkpoints.loading import PRETRAINED, read_config
 from zoo.models.building import PLAIN, ModelSpec
 
 

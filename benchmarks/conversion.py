@@ -10,8 +10,8 @@ from matplotlib.figure import Figure
 
 from benchmarks import calibration, finetune
 from benchmarks.report import DOCS, read
-from zoo.cards import markdown_table
-from zoo.checkpoints import write_whole
+from zoo.checkpoints.card import markdown_table
+from zoo.checkpoints.loading import write_whole
 from zoo.models.building import PLAIN
 from zoo.plots import STYLE
 from zoo.reports import filled

@@ -19,9 +19,9 @@ import zoo
 from benchmarks import measure
 from benchmarks.report import DOCS, read
 from tests.hub_server import Fault, drip, serving, silence, status
-from zoo.cards import markdown_table
-from zoo.checkpoints import write_whole
-from zoo.hub import WEIGHTS
+from zoo.checkpoints.card import markdown_table
+from zoo.checkpoints.hub import WEIGHTS
+from zoo.checkpoints.loading import write_whole
 from zoo.reports import filled
 
 OUTPUT = measure.RESULTS / "loading.json"
@@ -76,7 +76,7 @@ print(time.perf_counter() - began)
 
 PUBLISH = """
 import time
-from zoo.publish import publish
+from zoo.checkpoints.publishing import publish
 began = time.perf_counter()
 commit = publish({folder!r}, {repository!r})
 print(time.perf_counter() - began)

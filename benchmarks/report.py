@@ -12,8 +12,8 @@ from matplotlib.figure import Figure
 
 from benchmarks import models, operators
 from benchmarks.measure import PLAIN, RESULTS
-from zoo.cards import markdown_table
-from zoo.checkpoints import write_whole
+from zoo.checkpoints.card import markdown_table
+from zoo.checkpoints.loading import write_whole
 from zoo.plots import STYLE
 
 DOCS = RESULTS.parent / "docs"

@@ -27,8 +27,8 @@ from benchmarks.photos import photographs
 from benchmarks.pipeline import Generated
 from benchmarks.report import DOCS, read
 from operators import convert_decoupled
-from zoo.cards import markdown_table
-from zoo.checkpoints import write_whole
+from zoo.checkpoints.card import markdown_table
+from zoo.checkpoints.loading import write_whole
 from zoo.classifier import Classifier
 from zoo.image_files import decode
 from zoo.models.transform import ImageTransform

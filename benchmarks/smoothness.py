@@ -15,8 +15,8 @@ import torch
 import zoo
 from benchmarks import measure
 from benchmarks.report import DOCS, read
-from zoo.cards import markdown_table
-from zoo.checkpoints import write_whole
+from zoo.checkpoints.card import markdown_table
+from zoo.checkpoints.loading import write_whole
 from zoo.export import measured_data
 from zoo.models.building import is_plain
 from zoo.provenance import origin

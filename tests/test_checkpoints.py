@@ -13,7 +13,7 @@ from PIL import Image
 
 import zoo
 from operators import DecoupledConv2d, fold, revert
-from zoo.checkpoints import PRETRAINED
+from zoo.checkpoints.loading import PRETRAINED
 
 NAME = "digits_cnn6_tanh_cosine"
 
@@ -60,7 +60,7 @@ def test_equal_weights_give_equal_bytes(model, folder, tmp_path):
 
 def test_a_half_written_folder_never_shows(model, folder, monkeypatch):
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    monkeypatch.setattr("zoo.checkpoints.model_card", lambda config: 1 / 0)
+    monkeypatch.setattr("zoo.checkpoints.loading.model_card", lambda config: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         zoo.save(model, folder, overwrite=True)
     with pytest.raises(ZeroDivisionError):

@@ -20,7 +20,7 @@ import train
 import zoo
 from zoo import __main__ as command_line
 from zoo import saving
-from zoo.checkpoints import PRETRAINED
+from zoo.checkpoints.loading import PRETRAINED
 from zoo.classifier import Classifier
 from zoo.data import DATA
 

@@ -24,12 +24,12 @@ import torch
 
 import zoo
 from tests.hub_server import Fault, Handler, Server, drip, serving, silence, status
-from zoo import hub
-from zoo.checkpoints import PRETRAINED
-from zoo.hub import CARD, CONFIG, FILES, WEIGHTS
+from zoo.checkpoints import hub
+from zoo.checkpoints.hub import CARD, CONFIG, FILES, WEIGHTS
+from zoo.checkpoints.loading import PRETRAINED
 
 ROOT = Path(__file__).resolve().parent.parent
-# Seconds, in place of those of zoo.hub.
+# Seconds, in place of those of zoo.checkpoints.hub.
 PATIENCE = 3
 NAME = "digits_cnn6_tanh_cosine"
 REPOSITORY = f"me/{NAME}"

@@ -33,9 +33,9 @@ from tests.test_hub_faults import (
 )
 from tests.test_readme import BASH
 from zoo import __main__ as command_line
-from zoo.checkpoints import PRETRAINED
-from zoo.hub import CARD, CONFIG, FILES, WEIGHTS
-from zoo.publish import missing, publish
+from zoo.checkpoints.hub import CARD, CONFIG, FILES, WEIGHTS
+from zoo.checkpoints.loading import PRETRAINED
+from zoo.checkpoints.publishing import missing, publish
 from zoo.reports import filled
 
 __all__ = ["server"]
@@ -50,7 +50,7 @@ def test_what_is_published_is_loaded_by_everyone_with_the_same_logits(server, mo
     held = server.hub.files("me/new", commit)
     assert {file: server.hub.blob(held[file]["sha256"]).read_bytes() for file in FILES} == CONTENT
     assert torch.equal(zoo.load("me/new", revision=commit)(IMAGES), EXPECTED)
-    monkeypatch.setattr("zoo.checkpoints.PUBLISHED", tmp_path / "published.json")
+    monkeypatch.setattr("zoo.checkpoints.loading.PUBLISHED", tmp_path / "published.json")
     (tmp_path / "published.json").write_text(json.dumps({"my_net": {"repository": "me/new", "commit": commit}}))
     assert torch.equal(zoo.load("my_net")(IMAGES), EXPECTED)
     spec = zoo.load(NAME).spec
@@ -94,8 +94,8 @@ def test_timm_loads_no_damaged_weights(tmp_path, architecture, operator):
 
 
 def test_publishing_waits_for_no_one_for_ever(server, monkeypatch):
-    monkeypatch.setattr("zoo.publish.SECONDS_TO_PUBLISH", 1)
-    monkeypatch.setattr("zoo.publish.LEAST_BYTES_A_SECOND", 10_000_000)
+    monkeypatch.setattr("zoo.checkpoints.publishing.SECONDS_TO_PUBLISH", 1)
+    monkeypatch.setattr("zoo.checkpoints.publishing.LEAST_BYTES_A_SECOND", 10_000_000)
     server.hub.faults.append(Fault("POST", "/preupload/", silence(60)))
     with pytest.raises(zoo.HubError, match="did not answer for me/new in time"):
         publish(NAME, "me/new")

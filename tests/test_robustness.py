@@ -16,7 +16,7 @@ from zoo import __main__ as command_line
 from zoo import probes, reports
 from zoo.adversarial import AdversarialTraining, OverfittingAlarm
 from zoo.attacks import fgsm, is_right, margin, noise, pgd
-from zoo.checkpoints import PRETRAINED
+from zoo.checkpoints.loading import PRETRAINED
 from zoo.data import Digits
 from zoo.masking import checks, suspected
 from zoo.probes import ATTACKS, EFFORTS, PROBES, Subject

@@ -14,9 +14,9 @@ import zoo
 from operators import OperatorConfig, calibrate
 from tests.test_cli import fit, make_photos, run  # noqa: F401  a fixture
 from zoo import __main__ as command_line
-from zoo.checkpoints import CheckpointError
+from zoo.checkpoints.loading import CheckpointError
+from zoo.checkpoints.starting_points import convert, licence_of, shape_of, start_from
 from zoo.data import Digits
-from zoo.sources import convert, licence_of, shape_of, start_from
 
 NAME = "test_resnet"
 

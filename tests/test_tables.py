@@ -12,7 +12,7 @@ from torch import nn
 import zoo
 from operators import OperatorConfig
 from zoo import reports, tables
-from zoo.cards import markdown_table
+from zoo.checkpoints.card import markdown_table
 from zoo.data import Digits
 from zoo.measures import Answers, interval
 from zoo.models.building import ModelSpec

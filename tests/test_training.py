@@ -18,7 +18,7 @@ from operators import OperatorConfig
 from tests.test_data import write_dataset, write_images
 from zoo import training
 from zoo.callbacks import StopInTime
-from zoo.checkpoints import PRETRAINED, read_config
+from zoo.checkpoints.loading import PRETRAINED, read_config
 from zoo.classifier import Classifier
 from zoo.data import MNIST
 from zoo.export import LARGEST_IN_FLOAT32

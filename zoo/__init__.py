@@ -1,7 +1,7 @@
 """A model zoo of decoupled networks. Importing it, and loading a model, never imports lightning."""
 
-from zoo import registration
-from zoo.checkpoints import (
+from zoo.checkpoints import timm_entry_points
+from zoo.checkpoints.loading import (
     Metric,
     accuracy,
     find,
@@ -36,4 +36,4 @@ __all__ = [
     "verify",
 ]
 
-registration.register()
+timm_entry_points.register()

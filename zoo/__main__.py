@@ -21,8 +21,10 @@ import zoo
 from operators import calibrate
 from operators.lookup import unknown_name
 from zoo.augmentation import to_float
-from zoo.cards import model_card
-from zoo.checkpoints import CARD, PRETRAINED, find_local, read_config, write_whole
+from zoo.checkpoints.card import model_card
+from zoo.checkpoints.loading import CARD, PRETRAINED, find_local, read_config, write_whole
+from zoo.checkpoints.publishing import publish
+from zoo.checkpoints.starting_points import convert, licence_of, start_from
 from zoo.classifier import CALIBRATION_IMAGES
 from zoo.cli import command_of, portable, readable_errors, stop_status
 from zoo.data import DATA, Digits, ImageData, ImageFolder
@@ -32,11 +34,9 @@ from zoo.models.building import PLAIN, is_plain
 from zoo.plots import plot_operators, plot_predictions
 from zoo.probes import NEEDS, optional
 from zoo.provenance import origin
-from zoo.publish import publish
 from zoo.reports import write_reports
 from zoo.robustness import BATCH, EPS, Result, chosen_steps, companions_of, evaluate
 from zoo.robustness_report import card_record, draw, draw_attacked, report
-from zoo.sources import convert, licence_of, start_from
 from zoo.tables import RESULTS, list_tables, read_table, result_path, run_table
 from zoo.training import LEAST_SECONDS, Device, train_zoo
 

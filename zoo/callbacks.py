@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from operators import decoupled_layers, filter_norm
-from zoo.checkpoints import write_whole
+from zoo.checkpoints.loading import write_whole
 
 
 class WeightProjection(Callback):

@@ -7,7 +7,7 @@ from typing import Any
 
 import zoo
 from operators.lookup import look_up
-from zoo.checkpoints import find_local, read_config
+from zoo.checkpoints.loading import find_local, read_config
 from zoo.classifier import check_data
 from zoo.data import DATA, ImageData
 from zoo.lightning_checkpoints import read_lightning_checkpoint, read_record

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 
-from zoo.checkpoints import CONFIG, list_checkpoints
+from zoo.checkpoints.loading import CONFIG, list_checkpoints
 from zoo.saving import LAST, PREVIOUS, damage_of
 
 # Where a Lightning checkpoint keeps what is needed to export it; plain values only.

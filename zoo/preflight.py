@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from zoo.checkpoints import write_whole
+from zoo.checkpoints.loading import write_whole
 from zoo.image_files import decode_each
 from zoo.models.transform import ImageTransform
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import zoo
-from zoo.cards import markdown_table
-from zoo.checkpoints import PRETRAINED, WEIGHTS, read_config, write_whole
+from zoo.checkpoints.card import markdown_table
+from zoo.checkpoints.loading import PRETRAINED, WEIGHTS, read_config, write_whole
 from zoo.measures import MEASURES, interval
 from zoo.models.building import PLAIN
 from zoo.plots import plot_features, plot_table

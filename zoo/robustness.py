@@ -13,7 +13,7 @@ from torch import Tensor
 
 import zoo
 from operators.lookup import unknown_name
-from zoo.checkpoints import read_config, write_whole
+from zoo.checkpoints.loading import read_config, write_whole
 from zoo.classifier import check_data
 from zoo.data import ImageData
 from zoo.image_files import evenly_spaced

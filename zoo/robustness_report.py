@@ -10,7 +10,7 @@ from scipy.stats import binomtest
 from torch import Tensor
 
 from zoo.attacks import is_right, pgd
-from zoo.cards import markdown_table
+from zoo.checkpoints.card import markdown_table
 from zoo.image_files import evenly_spaced
 from zoo.masking import checks, suspected, unlooked_for
 from zoo.measures import interval

@@ -22,7 +22,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 
-from zoo.checkpoints import DRAFT, replacing
+from zoo.checkpoints.loading import DRAFT, replacing
 
 LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
 LOCK = ".lock"

@@ -14,7 +14,7 @@ import torch
 import yaml
 
 from operators.lookup import look_up
-from zoo.checkpoints import write_whole
+from zoo.checkpoints.loading import write_whole
 from zoo.export import trained_model
 from zoo.measures import MEASURES, Answers
 from zoo.provenance import origin

@@ -18,7 +18,7 @@ import yaml
 
 import zoo
 from zoo.callbacks import EpochLines, StopInTime
-from zoo.checkpoints import CONFIG, PRETRAINED, put_in_place, read_config, write_whole
+from zoo.checkpoints.loading import CONFIG, PRETRAINED, put_in_place, read_config, write_whole
 from zoo.cli import run
 from zoo.data import ImageData
 from zoo.export import export, recorded_data

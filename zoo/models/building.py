@@ -27,7 +27,7 @@ PLAIN = "conv"
 MOST_PARAMETERS = 5000
 
 # What timm is told to build in place of an architecture of its own, which it would load without our checks, and plain
-# (see zoo.registration).
+# (see zoo.checkpoints.timm_entry_points).
 OF_TIMM = "decoupled_zoo"
 
 # The mean and standard deviation of ImageNet's pixels in [0, 1], for RGB images of which nothing else is known.

@@ -14,9 +14,9 @@ from timm.models import PretrainedCfg
 
 from operators import ConversionReport, OperatorConfig, convert_decoupled
 from operators.lookup import unknown_name
-from zoo.checkpoints import find, load, read_config
+from zoo.checkpoints.loading import find, load, read_config
+from zoo.checkpoints.weights import listed, misfits
 from zoo.models.building import ARCHITECTURES, ImageModel, build
-from zoo.weights import listed, misfits
 
 # What stands before the name of an architecture whose weights timm has.
 TIMM = "timm:"

@@ -15,7 +15,7 @@ from typing import Any
 import timm
 from torch import nn
 
-from zoo.checkpoints import HUB, find, load, load_untrained, read_config
+from zoo.checkpoints.loading import HUB, find, load, load_untrained, read_config
 from zoo.models.building import ARCHITECTURES, OF_TIMM
 
 

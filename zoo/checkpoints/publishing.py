@@ -6,9 +6,9 @@ from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, HfApi, constants
 
-from zoo.checkpoints import find, list_checkpoints, read_config, verify
+from zoo.checkpoints.hub import COMMIT, FILES, OutOfTime, in_time, is_repository, is_revision, status_of
+from zoo.checkpoints.loading import find, list_checkpoints, read_config, verify
 from zoo.errors import CheckpointError, HubError
-from zoo.hub import COMMIT, FILES, OutOfTime, in_time, is_repository, is_revision, status_of
 from zoo.models.building import PLAIN, ModelSpec
 
 # The client alone would wait for ever.

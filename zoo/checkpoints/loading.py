@@ -19,19 +19,19 @@ from huggingface_hub import constants
 from torch import Tensor, nn
 
 from operators.lookup import look_up, unknown_name
-from zoo import hub
-from zoo.cards import model_card
+from zoo.checkpoints import hub
+from zoo.checkpoints.card import model_card
+from zoo.checkpoints.hub import CARD, CONFIG, WEIGHTS
+from zoo.checkpoints.weights import PRECISIONS, listed, misfits, read_into, serialise
 from zoo.errors import CheckpointError, DamagedError, HubError
-from zoo.hub import CARD, CONFIG, WEIGHTS
 from zoo.models.building import ImageModel, ModelSpec
-from zoo.weights import PRECISIONS, listed, misfits, read_into, serialise
 
 SCHEMA = 1
 # A network of so many bytes is built whatever its file holds, which may be damaged.
 HARMLESS = 1 << 28
 # Before a repository's name: it is no folder, though there may be one of that name.
 HUB = "hf-hub:"
-PRETRAINED = Path(__file__).parent / "pretrained"
+PRETRAINED = Path(__file__).resolve().parent.parent / "pretrained"
 # Names of checkpoints too large to embed, with the repository and the commit that have them.
 PUBLISHED = PRETRAINED / "published.json"
 
@@ -318,7 +318,7 @@ def find(
     A string that is such a name stands for that checkpoint; ``"./NAME"`` and ``Path("NAME")`` are folders.
 
     Args:
-        revision, local_files_only, renew: of a Hub repository; see :func:`zoo.hub.fetch`.
+        revision, local_files_only, renew: of a Hub repository; see :func:`zoo.checkpoints.hub.fetch`.
 
     Raises:
         ValueError: none of these; the message lists the names and the nearest one.
