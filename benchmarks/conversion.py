@@ -12,9 +12,9 @@ from benchmarks import calibration, finetune
 from benchmarks.report import DOCS, read
 from zoo.checkpoints.card import markdown_table
 from zoo.checkpoints.loading import write_whole
+from zoo.experiments.pages import filled
+from zoo.experiments.pictures import STYLE
 from zoo.models.building import PLAIN
-from zoo.plots import STYLE
-from zoo.reports import filled
 
 PAGE, PICTURE = DOCS / "conversion.md", DOCS / "finetune.png"
 OK = "ok"

@@ -22,7 +22,7 @@ from tests.hub_server import Fault, drip, serving, silence, status
 from zoo.checkpoints.card import markdown_table
 from zoo.checkpoints.hub import WEIGHTS
 from zoo.checkpoints.loading import write_whole
-from zoo.reports import filled
+from zoo.experiments.pages import filled
 
 OUTPUT = measure.RESULTS / "loading.json"
 PAGE = DOCS / "checkpoints.md"

@@ -22,8 +22,8 @@ import torch
 from benchmarks import measure
 from zoo.classifier import Classifier
 from zoo.data import CIFAR10
+from zoo.experiments.recipes import Device
 from zoo.loaders import MemoryImages
-from zoo.training import Device
 
 NETWORKS = ("conv", "tanh_cosine")
 # The first steps compile, or find out which kernels are fastest.

@@ -14,7 +14,7 @@ from benchmarks import models, operators
 from benchmarks.measure import PLAIN, RESULTS
 from zoo.checkpoints.card import markdown_table
 from zoo.checkpoints.loading import write_whole
-from zoo.plots import STYLE
+from zoo.experiments.pictures import STYLE
 
 DOCS = RESULTS.parent / "docs"
 PAGE, PICTURE = DOCS / "performance.md", DOCS / "growth.png"

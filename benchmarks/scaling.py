@@ -30,9 +30,9 @@ from operators import convert_decoupled
 from zoo.checkpoints.card import markdown_table
 from zoo.checkpoints.loading import write_whole
 from zoo.classifier import Classifier
+from zoo.experiments.pages import filled
 from zoo.image_files import decode
 from zoo.models.transform import ImageTransform
-from zoo.reports import filled
 
 OUTPUT = measure.RESULTS / "scaling.json"
 PAGE = DOCS / "scaling.md"

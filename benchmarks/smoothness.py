@@ -17,10 +17,10 @@ from benchmarks import measure
 from benchmarks.report import DOCS, read
 from zoo.checkpoints.card import markdown_table
 from zoo.checkpoints.loading import write_whole
+from zoo.experiments.pages import filled
 from zoo.export import measured_data
 from zoo.models.building import is_plain
 from zoo.provenance import origin
-from zoo.reports import filled
 from zoo.smoothness import by_layer
 
 OUTPUT = measure.RESULTS / "smoothness.json"

@@ -13,8 +13,8 @@ from zoo.callbacks import WeightedGradients, WeightProjection
 from zoo.classifier import Classifier, learning_rate_factor, orthogonality_penalty
 from zoo.data import Digits
 from zoo.guard import SkippedSteps, first_bad_layer
-from zoo.lightning_checkpoints import read_lightning_checkpoint
-from zoo.saving import LastCheckpoint
+from zoo.runs.last_checkpoint import LastCheckpoint
+from zoo.runs.record import read_lightning_checkpoint
 
 LEARNED = {"name": "tanh_cosine", "radius_mode": "learned", "radius_relative": True}
 

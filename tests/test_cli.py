@@ -19,10 +19,10 @@ from sklearn.datasets import load_digits
 import train
 import zoo
 from zoo import __main__ as command_line
-from zoo import saving
 from zoo.checkpoints.loading import PRETRAINED
 from zoo.classifier import Classifier
 from zoo.data import DATA
+from zoo.runs import last_checkpoint as saving
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = sorted((ROOT / "configs").glob("*.yaml"))
@@ -197,7 +197,7 @@ def test_control_c_ends_other_commands_without_a_stack_trace(run, monkeypatch):
 
 @pytest.mark.parametrize("words", [("train-zoo", "--only", "digits_cnn6_conv"), ("table", "no_relu")], ids=" ".join)
 def test_control_c_says_how_to_go_on_with_the_zoo(run, monkeypatch, words):
-    monkeypatch.setattr("zoo.training.run", lambda *_: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr("zoo.experiments.recipes.run", lambda *_: signal.raise_signal(signal.SIGINT))
     status, printed, errors = run(*words, "--scale=tiny" if "table" in words else "--to=.", main=command_line.main)
     assert (status, errors) == (130, "")
     assert printed == "\nstopped; the same command goes on from what was saved\n"

@@ -16,7 +16,7 @@ import yaml
 from PIL import Image
 
 import zoo
-from zoo.lightning_checkpoints import read_lightning_checkpoint
+from zoo.runs.record import read_lightning_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 BATCHES = 5

@@ -36,7 +36,7 @@ from zoo import __main__ as command_line
 from zoo.checkpoints.hub import CARD, CONFIG, FILES, WEIGHTS
 from zoo.checkpoints.loading import PRETRAINED
 from zoo.checkpoints.publishing import missing, publish
-from zoo.reports import filled
+from zoo.experiments.pages import filled
 
 __all__ = ["server"]
 

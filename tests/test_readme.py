@@ -15,7 +15,7 @@ from benchmarks import conversion, report
 from benchmarks.photos import write_photos
 from operators import ANGULARS, MAGNITUDES, DecoupledConv2d
 from zoo import __main__ as command_line
-from zoo.reports import filled
+from zoo.experiments.pages import filled
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -13,11 +13,12 @@ from torch import nn
 import zoo
 from benchmarks import smoothness as benchmark
 from zoo import __main__ as command_line
-from zoo import probes, reports
+from zoo import probes
 from zoo.adversarial import AdversarialTraining, OverfittingAlarm
 from zoo.attacks import fgsm, is_right, margin, noise, pgd
 from zoo.checkpoints.loading import PRETRAINED
 from zoo.data import Digits
+from zoo.experiments import pages as reports
 from zoo.masking import checks, suspected
 from zoo.probes import ATTACKS, EFFORTS, PROBES, Subject
 from zoo.robustness import CURVE_EPS, Ledger, Result, Step, chosen_steps, companions_of, evaluate, protocol

@@ -21,8 +21,8 @@ from PIL import Image
 from zoo.adversarial import AdversarialTraining
 from zoo.classifier import Classifier
 from zoo.data import Digits, ImageFolder
-from zoo.lightning_checkpoints import read_lightning_checkpoint, usable_checkpoint
-from zoo.saving import SEAL_LENGTH, LastCheckpoint, SafeCheckpointIO, damage_of
+from zoo.runs.last_checkpoint import SEAL_LENGTH, LastCheckpoint, SafeCheckpointIO, damage_of
+from zoo.runs.record import read_lightning_checkpoint, usable_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 LEARNED = {"name": "tanh_cosine", "radius_mode": "learned", "radius_relative": True}

@@ -11,14 +11,15 @@ from torch import nn
 
 import zoo
 from operators import OperatorConfig
-from zoo import reports, tables
 from zoo.checkpoints.card import markdown_table
 from zoo.data import Digits
-from zoo.measures import Answers, interval
+from zoo.experiments import pages as reports
+from zoo.experiments import tables
+from zoo.experiments.measures import Answers, interval
+from zoo.experiments.recipes import Device, Trained
+from zoo.experiments.tables import list_tables, measured, merged, read_results, read_table, result_path, run_table
 from zoo.models.building import ModelSpec
 from zoo.probes import PROBES, shortest
-from zoo.tables import list_tables, measured, merged, read_results, read_table, result_path, run_table
-from zoo.training import Device, Trained
 
 CPU = Device("cpu", compile=False)
 PAPER_ROWS = {

@@ -16,14 +16,14 @@ from PIL import Image
 import zoo
 from operators import OperatorConfig
 from tests.test_data import write_dataset, write_images
-from zoo import training
 from zoo.callbacks import StopInTime
 from zoo.checkpoints.loading import PRETRAINED, read_config
 from zoo.classifier import Classifier
 from zoo.data import MNIST
+from zoo.experiments import recipes as training
+from zoo.experiments.recipes import Device, is_finished, recipes, train, train_zoo
 from zoo.export import LARGEST_IN_FLOAT32
-from zoo.lightning_checkpoints import read_lightning_checkpoint
-from zoo.training import Device, is_finished, recipes, train, train_zoo
+from zoo.runs.record import read_lightning_checkpoint
 
 CPU = Device("cpu", compile=False)
 NAMES = [path.stem for path in recipes()]

@@ -25,10 +25,10 @@ from zoo.callbacks import MovingAverage
 from zoo.checkpoints.starting_points import convert, licence_of, start_from
 from zoo.data import ImageData, first_alone, given_arguments
 from zoo.guard import SkippedSteps, explanation
-from zoo.lightning_checkpoints import RECORD, read_record
 from zoo.models.building import PLAIN, ImageModel, ModelSpec, build
 from zoo.provenance import commit, origin
 from zoo.randomness import run_seed, seed_of
+from zoo.runs.record import RECORD, read_record
 from zoo.sharding import check_sharding, shard
 
 # Training images whose norms a converted network is fitted to.

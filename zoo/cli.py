@@ -29,8 +29,8 @@ from zoo.checkpoints.starting_points import shape_of
 from zoo.classifier import Classifier
 from zoo.data import DATA, ImageData
 from zoo.image_files import unreadable
-from zoo.lightning_checkpoints import record_of, usable_checkpoint
-from zoo.saving import LAST, PREVIOUS, SIGNALS, STOPPED, LastCheckpoint, SafeCheckpointIO, best_checkpoint
+from zoo.runs.last_checkpoint import LAST, PREVIOUS, SIGNALS, STOPPED, LastCheckpoint, SafeCheckpointIO, best_checkpoint
+from zoo.runs.record import record_of, usable_checkpoint
 
 # Lightning's advertisement, and a deprecated function that it calls itself.
 logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "litlogger" not in record.msg)

@@ -10,8 +10,8 @@ from operators.lookup import look_up
 from zoo.checkpoints.loading import find_local, read_config
 from zoo.classifier import check_data
 from zoo.data import DATA, ImageData
-from zoo.lightning_checkpoints import read_lightning_checkpoint, read_record
 from zoo.models.building import ImageModel, ModelSpec
+from zoo.runs.record import read_lightning_checkpoint, read_record
 
 # Weights of more bytes are embedded in float16, for all checkpoints together have 40 MiB.
 LARGEST_IN_FLOAT32 = 2**20

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from zoo.attacks import is_right, pgd
 from zoo.checkpoints.card import markdown_table
+from zoo.experiments.measures import interval
+from zoo.experiments.pictures import plot_attacked, plot_curves, plot_efforts
 from zoo.image_files import evenly_spaced
 from zoo.masking import checks, suspected, unlooked_for
-from zoo.measures import interval
 from zoo.models.building import ImageModel, is_plain
-from zoo.plots import plot_attacked, plot_curves, plot_efforts
 from zoo.probes import ATTACKS, EFFORTS, STEPS, TITLES, step_size
 from zoo.robustness import COMPARED, CURVE_EPS, PAPER_EPS, Result, compared_eps
 

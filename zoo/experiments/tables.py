@@ -15,10 +15,10 @@ import yaml
 
 from operators.lookup import look_up
 from zoo.checkpoints.loading import write_whole
+from zoo.experiments.measures import MEASURES, Answers
+from zoo.experiments.recipes import CONFIGS, LEAST_SECONDS, Device, Trained, train
 from zoo.export import trained_model
-from zoo.measures import MEASURES, Answers
 from zoo.provenance import origin
-from zoo.training import CONFIGS, LEAST_SECONDS, Device, Trained, train
 
 TABLES = CONFIGS / "tables"
 RESULTS = CONFIGS.parent / "results" / "tables"
@@ -49,7 +49,7 @@ class Table:
     """An experiment of ``configs/tables``.
 
     Attributes:
-        metrics: names of :data:`zoo.measures.MEASURES`.
+        metrics: names of :data:`zoo.experiments.measures.MEASURES`.
         rows, columns: their names in order; each is a part of the recipe.
         paper: the paper's numbers of a (row, column), those of the first metrics; a string for none, as "N/C".
         paper_data: what the paper's numbers were measured on.

@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 
 from zoo.checkpoints.loading import CONFIG, list_checkpoints
-from zoo.saving import LAST, PREVIOUS, damage_of
+from zoo.runs.last_checkpoint import LAST, PREVIOUS, damage_of
 
 # Where a Lightning checkpoint keeps what is needed to export it; plain values only.
 RECORD = "decoupled_zoo"

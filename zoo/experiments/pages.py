@@ -10,15 +10,15 @@ from typing import Any
 import zoo
 from zoo.checkpoints.card import markdown_table
 from zoo.checkpoints.loading import PRETRAINED, WEIGHTS, read_config, write_whole
-from zoo.measures import MEASURES, interval
+from zoo.experiments.measures import MEASURES, interval
+from zoo.experiments.pictures import plot_features, plot_table
+from zoo.experiments.recipes import recipes
+from zoo.experiments.tables import RESULTS, Table, list_tables, read_results, read_table
 from zoo.models.building import PLAIN
-from zoo.plots import plot_features, plot_table
 from zoo.robustness_report import draw as draw_robustness
 from zoo.robustness_report import family_blocks, published_families
-from zoo.tables import RESULTS, Table, list_tables, read_results, read_table
-from zoo.training import recipes
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 README, PAGE = ROOT / "README.md", ROOT / "docs" / "results.md"
 ROBUSTNESS_PAGE = ROOT / "docs" / "robustness.md"
 

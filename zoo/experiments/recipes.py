@@ -22,9 +22,9 @@ from zoo.checkpoints.loading import CONFIG, PRETRAINED, put_in_place, read_confi
 from zoo.cli import run
 from zoo.data import ImageData
 from zoo.export import export, recorded_data
-from zoo.lightning_checkpoints import read_lightning_checkpoint, record_of
+from zoo.runs.record import read_lightning_checkpoint, record_of
 
-CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 WORK = Path("outputs/zoo")
 
 # What is trained first: networks that cost little, then those most asked for, each family beginning with its twin;
