@@ -1,6 +1,6 @@
 """Train, validate, test or predict: ``python train.py fit --help``, and ``configs/`` for recipes."""
 
-from zoo.cli import readable_errors, run
+from zoo.training.cli import readable_errors, run
 
 
 def main() -> None:

@@ -25,10 +25,10 @@ from benchmarks import measure
 from operators import MAGNITUDES, calibrate, diagnose
 from zoo.checkpoints.loading import PRETRAINED, read_config
 from zoo.checkpoints.starting_points import convert
-from zoo.cli import run
 from zoo.data import ImageData
-from zoo.export import recorded_data
 from zoo.models.building import PLAIN, ImageModel
+from zoo.training.cli import run
+from zoo.training.export import recorded_data
 
 OUTPUT = measure.RESULTS / "calibration.json"
 TWINS = ("digits_cnn6_conv", "mnist_cnn6_conv", "cifar10_resnet20_conv")

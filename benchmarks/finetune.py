@@ -17,9 +17,9 @@ import torch
 
 from benchmarks import measure
 from zoo.callbacks import EpochLines
-from zoo.cli import run
-from zoo.export import export
 from zoo.image_files import class_folders
+from zoo.training.cli import run
+from zoo.training.export import export
 
 OUTPUT = measure.RESULTS / "finetune.json"
 IMAGES, WORK = Path("data/cifar10"), Path("outputs/finetune")

@@ -20,10 +20,10 @@ import lightning as L
 import torch
 
 from benchmarks import measure
-from zoo.classifier import Classifier
 from zoo.data import CIFAR10
 from zoo.experiments.recipes import Device
 from zoo.loaders import MemoryImages
+from zoo.training.classifier import Classifier
 
 NETWORKS = ("conv", "tanh_cosine")
 # The first steps compile, or find out which kernels are fastest.

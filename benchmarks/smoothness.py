@@ -18,10 +18,10 @@ from benchmarks.report import DOCS, read
 from zoo.checkpoints.card import markdown_table
 from zoo.checkpoints.loading import write_whole
 from zoo.experiments.pages import filled
-from zoo.export import measured_data
 from zoo.models.building import is_plain
 from zoo.provenance import origin
-from zoo.smoothness import by_layer
+from zoo.robustness.smoothness import by_layer
+from zoo.training.export import measured_data
 
 OUTPUT = measure.RESULTS / "smoothness.json"
 PAGE = DOCS / "robustness.md"

@@ -5,7 +5,7 @@ import signal
 
 import lightning as L
 
-from zoo.cli import readable_errors, run
+from zoo.training.cli import readable_errors, run
 
 
 class Signal(L.Callback):

@@ -20,9 +20,9 @@ import train
 import zoo
 from zoo import __main__ as command_line
 from zoo.checkpoints.loading import PRETRAINED
-from zoo.classifier import Classifier
 from zoo.data import DATA
 from zoo.runs import last_checkpoint as saving
+from zoo.training.classifier import Classifier
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = sorted((ROOT / "configs").glob("*.yaml"))

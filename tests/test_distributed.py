@@ -153,7 +153,7 @@ import time
 
 import lightning as L
 
-from zoo.cli import readable_errors, run
+from zoo.training.cli import readable_errors, run
 
 
 class Wait(L.Callback):

@@ -13,17 +13,17 @@ from torch import nn
 import zoo
 from benchmarks import smoothness as benchmark
 from zoo import __main__ as command_line
-from zoo import probes
-from zoo.adversarial import AdversarialTraining, OverfittingAlarm
-from zoo.attacks import fgsm, is_right, margin, noise, pgd
 from zoo.checkpoints.loading import PRETRAINED
 from zoo.data import Digits
 from zoo.experiments import pages as reports
-from zoo.masking import checks, suspected
-from zoo.probes import ATTACKS, EFFORTS, PROBES, Subject
-from zoo.robustness import CURVE_EPS, Ledger, Result, Step, chosen_steps, companions_of, evaluate, protocol
-from zoo.robustness_report import attack_table, check_table, effort_table, headline, paired_table, ratio_to_twin, report
-from zoo.smoothness import by_layer, smoothness
+from zoo.robustness import probes
+from zoo.robustness.attacks import fgsm, is_right, margin, noise, pgd
+from zoo.robustness.evaluation import CURVE_EPS, Ledger, Result, Step, chosen_steps, companions_of, evaluate, protocol
+from zoo.robustness.masking import checks, suspected
+from zoo.robustness.probes import ATTACKS, EFFORTS, PROBES, Subject
+from zoo.robustness.report import attack_table, check_table, effort_table, headline, paired_table, ratio_to_twin, report
+from zoo.robustness.smoothness import by_layer, smoothness
+from zoo.training.adversarial import AdversarialTraining, OverfittingAlarm
 
 NAME = "digits_cnn6_tanh_cosine"
 EPS = 0.1
@@ -476,7 +476,7 @@ def test_a_gap_and_a_fall_each_raise_the_alarm(monkeypatch, recwarn, before, und
     alarm, module = OverfittingAlarm(AdversarialTraining(eps=0.02)), _Module(zoo.load(NAME))
     alarm.load_state_dict({"before": before, "alarms": []})
     shares = iter([under_fgsm, under_pgd])
-    monkeypatch.setattr("zoo.adversarial.is_right", lambda *_: torch.arange(100) < 100 * next(shares) - 0.5)
+    monkeypatch.setattr("zoo.training.adversarial.is_right", lambda *_: torch.arange(100) < 100 * next(shares) - 0.5)
     alarm.on_validation_epoch_end(_Trainer, module)
     assert bool(alarm.alarms) == alarmed == any("catastrophic" in str(warning.message) for warning in recwarn)
 

@@ -18,11 +18,11 @@ import pytest
 import torch
 from PIL import Image
 
-from zoo.adversarial import AdversarialTraining
-from zoo.classifier import Classifier
 from zoo.data import Digits, ImageFolder
 from zoo.runs.last_checkpoint import SEAL_LENGTH, LastCheckpoint, SafeCheckpointIO, damage_of
 from zoo.runs.record import read_lightning_checkpoint, usable_checkpoint
+from zoo.training.adversarial import AdversarialTraining
+from zoo.training.classifier import Classifier
 
 ROOT = Path(__file__).resolve().parent.parent
 LEARNED = {"name": "tanh_cosine", "radius_mode": "learned", "radius_relative": True}

@@ -19,7 +19,7 @@ from zoo.experiments.measures import Answers, interval
 from zoo.experiments.recipes import Device, Trained
 from zoo.experiments.tables import list_tables, measured, merged, read_results, read_table, result_path, run_table
 from zoo.models.building import ModelSpec
-from zoo.probes import PROBES, shortest
+from zoo.robustness.probes import PROBES, shortest
 
 CPU = Device("cpu", compile=False)
 PAPER_ROWS = {

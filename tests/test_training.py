@@ -18,12 +18,12 @@ from operators import OperatorConfig
 from tests.test_data import write_dataset, write_images
 from zoo.callbacks import StopInTime
 from zoo.checkpoints.loading import PRETRAINED, read_config
-from zoo.classifier import Classifier
 from zoo.data import MNIST
 from zoo.experiments import recipes as training
 from zoo.experiments.recipes import Device, is_finished, recipes, train, train_zoo
-from zoo.export import LARGEST_IN_FLOAT32
 from zoo.runs.record import read_lightning_checkpoint
+from zoo.training.classifier import Classifier
+from zoo.training.export import LARGEST_IN_FLOAT32
 
 CPU = Device("cpu", compile=False)
 NAMES = [path.stem for path in recipes()]

@@ -25,20 +25,20 @@ from zoo.checkpoints.card import model_card
 from zoo.checkpoints.loading import CARD, PRETRAINED, find_local, read_config, write_whole
 from zoo.checkpoints.publishing import publish
 from zoo.checkpoints.starting_points import convert, licence_of, start_from
-from zoo.classifier import CALIBRATION_IMAGES
-from zoo.cli import command_of, portable, readable_errors, stop_status
 from zoo.data import DATA, Digits, ImageData, ImageFolder
 from zoo.experiments.pages import write_reports
 from zoo.experiments.pictures import plot_operators, plot_predictions
 from zoo.experiments.recipes import LEAST_SECONDS, Device, train_zoo
 from zoo.experiments.tables import RESULTS, list_tables, read_table, result_path, run_table
-from zoo.export import check_absent, check_name, export, measure, measured_data, recorded_data
 from zoo.image_files import sample_files
 from zoo.models.building import PLAIN, is_plain
-from zoo.probes import NEEDS, optional
 from zoo.provenance import origin
-from zoo.robustness import BATCH, EPS, Result, chosen_steps, companions_of, evaluate
-from zoo.robustness_report import card_record, draw, draw_attacked, report
+from zoo.robustness.evaluation import BATCH, EPS, Result, chosen_steps, companions_of, evaluate
+from zoo.robustness.probes import NEEDS, optional
+from zoo.robustness.report import card_record, draw, draw_attacked, report
+from zoo.training.classifier import CALIBRATION_IMAGES
+from zoo.training.cli import command_of, portable, readable_errors, stop_status
+from zoo.training.export import check_absent, check_name, export, measure, measured_data, recorded_data
 
 MINUTES = (
     "begin no epoch that would not end in that time (nobody knows the length of a first one, which is begun if "

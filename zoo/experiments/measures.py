@@ -8,7 +8,7 @@ from scipy.stats import binomtest
 from torch import Tensor
 
 from zoo.models.building import ImageModel
-from zoo.probes import PROBES, Subject, exact_arithmetic
+from zoo.robustness.probes import PROBES, Subject, exact_arithmetic
 
 # In units of pixels; the paper does not tell its own.
 EPS = 8 / 255
@@ -65,7 +65,7 @@ class Answers:
         return 100 - self.error()
 
     def attack(self, probe: str) -> Tensor:
-        """Return what a probe of ``zoo.probes`` finds of each attacked image, at ε = 8/255."""
+        """Return what a probe of ``zoo.robustness.probes`` finds of each attacked image, at ε = 8/255."""
         images, labels = (tensor.to(self.model.mean.device) for tensor in self.attacked)
         subject = Subject(self.model)
         parts = zip(images.split(ATTACKED_BATCH), labels.split(ATTACKED_BATCH), strict=True)

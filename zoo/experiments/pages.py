@@ -15,8 +15,8 @@ from zoo.experiments.pictures import plot_features, plot_table
 from zoo.experiments.recipes import recipes
 from zoo.experiments.tables import RESULTS, Table, list_tables, read_results, read_table
 from zoo.models.building import PLAIN
-from zoo.robustness_report import draw as draw_robustness
-from zoo.robustness_report import family_blocks, published_families
+from zoo.robustness.report import draw as draw_robustness
+from zoo.robustness.report import family_blocks, published_families
 
 ROOT = Path(__file__).resolve().parents[2]
 README, PAGE = ROOT / "README.md", ROOT / "docs" / "results.md"

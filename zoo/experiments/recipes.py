@@ -19,10 +19,10 @@ import yaml
 import zoo
 from zoo.callbacks import EpochLines, StopInTime
 from zoo.checkpoints.loading import CONFIG, PRETRAINED, put_in_place, read_config, write_whole
-from zoo.cli import run
 from zoo.data import ImageData
-from zoo.export import export, recorded_data
 from zoo.runs.record import read_lightning_checkpoint, record_of
+from zoo.training.cli import run
+from zoo.training.export import export, recorded_data
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 WORK = Path("outputs/zoo")

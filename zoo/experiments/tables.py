@@ -17,8 +17,8 @@ from operators.lookup import look_up
 from zoo.checkpoints.loading import write_whole
 from zoo.experiments.measures import MEASURES, Answers
 from zoo.experiments.recipes import CONFIGS, LEAST_SECONDS, Device, Trained, train
-from zoo.export import trained_model
 from zoo.provenance import origin
+from zoo.training.export import trained_model
 
 TABLES = CONFIGS / "tables"
 RESULTS = CONFIGS.parent / "results" / "tables"

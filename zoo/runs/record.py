@@ -46,7 +46,7 @@ def read_record(checkpoint: dict[str, Any], path: str | os.PathLike[str] = "the 
         ValueError: the checkpoint was not written by ``Classifier``.
     """
     if not isinstance(checkpoint, dict) or RECORD not in checkpoint:
-        raise ValueError(f"{path} was not written by zoo.classifier.Classifier (python train.py fit)")
+        raise ValueError(f"{path} was not written by zoo.training.classifier.Classifier (python train.py fit)")
     return checkpoint[RECORD]
 
 

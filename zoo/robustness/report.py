@@ -9,15 +9,15 @@ import torch
 from scipy.stats import binomtest
 from torch import Tensor
 
-from zoo.attacks import is_right, pgd
 from zoo.checkpoints.card import markdown_table
 from zoo.experiments.measures import interval
 from zoo.experiments.pictures import plot_attacked, plot_curves, plot_efforts
 from zoo.image_files import evenly_spaced
-from zoo.masking import checks, suspected, unlooked_for
 from zoo.models.building import ImageModel, is_plain
-from zoo.probes import ATTACKS, EFFORTS, STEPS, TITLES, step_size
-from zoo.robustness import COMPARED, CURVE_EPS, PAPER_EPS, Result, compared_eps
+from zoo.robustness.attacks import is_right, pgd
+from zoo.robustness.evaluation import COMPARED, CURVE_EPS, PAPER_EPS, Result, compared_eps
+from zoo.robustness.masking import checks, suspected, unlooked_for
+from zoo.robustness.probes import ATTACKS, EFFORTS, STEPS, TITLES, step_size
 
 # Of a card, by the names of probes.
 ON_CARDS = {"fgsm": "FGSM", "bim": "BIM", "pgd": "PGD-50×5", "autoattack": "AutoAttack"}
@@ -29,7 +29,7 @@ ATTACKED_IMAGES = 6
 # Second to the largest change of a pixel, the length of the whole change by which accuracy is told.
 L2_EPS = 0.5
 
-RESULTS = Path(__file__).resolve().parent.parent / "results" / "robustness"
+RESULTS = Path(__file__).resolve().parents[2] / "results" / "robustness"
 # Of which the docs show the results side by side, the plain twin first.
 PARTS = ("robustness", "masking", "paired", "paper")
 FAMILIES = ("cifar10_resnet20", "digits_cnn6", "mnist_cnn6", "mnist_adversarial_cnn6")

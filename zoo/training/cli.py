@@ -26,11 +26,11 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from operators.lookup import look_up, unknown_name
 from zoo.callbacks import PredictionTable
 from zoo.checkpoints.starting_points import shape_of
-from zoo.classifier import Classifier
 from zoo.data import DATA, ImageData
 from zoo.image_files import unreadable
 from zoo.runs.last_checkpoint import LAST, PREVIOUS, SIGNALS, STOPPED, LastCheckpoint, SafeCheckpointIO, best_checkpoint
 from zoo.runs.record import record_of, usable_checkpoint
+from zoo.training.classifier import Classifier
 
 # Lightning's advertisement, and a deprecated function that it calls itself.
 logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "litlogger" not in record.msg)

@@ -8,8 +8,8 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from zoo.attacks import fgsm, is_right, pgd
 from zoo.models.building import ImageModel
+from zoo.robustness.attacks import fgsm, is_right, pgd
 
 # Validation images that are attacked after each epoch, and how.
 CHECKED_IMAGES, CHECKED_STEPS = 512, 10

@@ -20,16 +20,16 @@ from torchvision.transforms.v2 import MixUp
 
 from operators import DecoupledConv2d, calibrate, decoupled_layers, filter_norm
 from operators.convert import classifier_layers
-from zoo.adversarial import AdversarialTraining, OverfittingAlarm
 from zoo.callbacks import MovingAverage
 from zoo.checkpoints.starting_points import convert, licence_of, start_from
 from zoo.data import ImageData, first_alone, given_arguments
-from zoo.guard import SkippedSteps, explanation
 from zoo.models.building import PLAIN, ImageModel, ModelSpec, build
 from zoo.provenance import commit, origin
 from zoo.randomness import run_seed, seed_of
 from zoo.runs.record import RECORD, read_record
-from zoo.sharding import check_sharding, shard
+from zoo.training.adversarial import AdversarialTraining, OverfittingAlarm
+from zoo.training.finite import SkippedSteps, explanation
+from zoo.training.sharding import check_sharding, shard
 
 # Training images whose norms a converted network is fitted to.
 CALIBRATION_IMAGES = 256

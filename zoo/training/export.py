@@ -8,10 +8,10 @@ from typing import Any
 import zoo
 from operators.lookup import look_up
 from zoo.checkpoints.loading import find_local, read_config
-from zoo.classifier import check_data
 from zoo.data import DATA, ImageData
 from zoo.models.building import ImageModel, ModelSpec
 from zoo.runs.record import read_lightning_checkpoint, read_record
+from zoo.training.classifier import check_data
 
 # Weights of more bytes are embedded in float16, for all checkpoints together have 40 MiB.
 LARGEST_IN_FLOAT32 = 2**20

@@ -14,12 +14,12 @@ from torch import Tensor
 import zoo
 from operators.lookup import unknown_name
 from zoo.checkpoints.loading import read_config, write_whole
-from zoo.classifier import check_data
 from zoo.data import ImageData
 from zoo.image_files import evenly_spaced
 from zoo.models.building import ModelSpec, is_plain
-from zoo.probes import AT_SEVERAL_EPS, ATTACKS, EFFORTS, GRADIENT_ATTACKS, PROBES, Subject, exact_arithmetic
 from zoo.provenance import origin
+from zoo.robustness.probes import AT_SEVERAL_EPS, ATTACKS, EFFORTS, GRADIENT_ATTACKS, PROBES, Subject, exact_arithmetic
+from zoo.training.classifier import check_data
 
 # In units of pixels in [0, 1]: the largest change of a pixel unless another is asked for, those at which FGSM and BIM
 # are compared with the paper, and those of the curve.
@@ -37,7 +37,7 @@ PROTOCOL = 1
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """One measurement of all images: a name of ``zoo.probes.PROBES`` and, if that depends on it, ε."""
+    """One measurement of all images: a name of ``zoo.robustness.probes.PROBES`` and, if that depends on it, ε."""
 
     probe: str
     eps: float | None = None

@@ -11,7 +11,7 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
-from zoo.attacks import fgsm, is_right, logits_and_gradient, noise, pgd
+from zoo.robustness.attacks import fgsm, is_right, logits_and_gradient, noise, pgd
 
 # Iterations and queries of the protocol.
 STEPS, RESTARTS, LONG_STEPS, LONG_RESTARTS, SQUARE_QUERIES = 50, 5, 100, 10, 5000

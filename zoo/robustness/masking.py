@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import torch
 
-from zoo.probes import ATTACKS, GRADIENT_ATTACKS
-from zoo.robustness import Result
+from zoo.robustness.evaluation import Result
+from zoo.robustness.probes import ATTACKS, GRADIENT_ATTACKS
 
 # Probes of the gradient's length; that of the margin, the first, does not vanish with confidence.
 GRADIENTS = ("gradient_norm", "cross_entropy_gradient")
