@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 from benchmarks import measure
-from zoo.callbacks import EpochLines
-from zoo.image_files import class_folders
+from zoo.data.image_files import class_folders
+from zoo.training.callbacks import EpochLines
 from zoo.training.cli import run
 from zoo.training.export import export
 

@@ -21,8 +21,8 @@ import torch
 
 from benchmarks import measure
 from zoo.data import CIFAR10
+from zoo.data.loaders import MemoryImages
 from zoo.experiments.recipes import Device
-from zoo.loaders import MemoryImages
 from zoo.training.classifier import Classifier
 
 NETWORKS = ("conv", "tanh_cosine")

@@ -29,8 +29,8 @@ from benchmarks.report import DOCS, read
 from operators import convert_decoupled
 from zoo.checkpoints.card import markdown_table
 from zoo.checkpoints.loading import write_whole
+from zoo.data.image_files import decode
 from zoo.experiments.pages import filled
-from zoo.image_files import decode
 from zoo.models.transform import ImageTransform
 from zoo.training.classifier import Classifier
 

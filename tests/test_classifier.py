@@ -9,10 +9,10 @@ import torch.nn.functional as F
 
 import zoo
 from operators import DecoupledConv2d
-from zoo.callbacks import WeightedGradients, WeightProjection
 from zoo.data import Digits
 from zoo.runs.last_checkpoint import LastCheckpoint
 from zoo.runs.record import read_lightning_checkpoint
+from zoo.training.callbacks import WeightedGradients, WeightProjection
 from zoo.training.classifier import Classifier, learning_rate_factor, orthogonality_penalty
 from zoo.training.finite import SkippedSteps, first_bad_layer
 

@@ -560,7 +560,7 @@ def test_the_demo_writes_its_picture(run, name):
 
 @pytest.mark.parametrize("other", [{"in_chans": 3}, {"input_size": 16}, {"num_classes": 3}], ids=str)
 def test_the_demo_refuses_a_checkpoint_of_other_images_than_digits(run, monkeypatch, other):
-    monkeypatch.setattr("zoo.data.load_digits", lambda: pytest.fail("the digits are read"))
+    monkeypatch.setattr("zoo.data.module.load_digits", lambda: pytest.fail("the digits are read"))
     zoo.save(zoo.build("cnn6", **{"in_chans": 1, "input_size": 8, **other}), "photos_cnn6_conv")
     status, _, errors = run("demo", "photos_cnn6_conv", main=command_line.main)
     assert status == 1 and "predict --model.init_from photos_cnn6_conv --data.predict FOLDER" in errors

@@ -22,9 +22,9 @@ from torchvision import datasets
 
 import zoo.__main__
 import zoo.data
-import zoo.image_files
-from zoo.augmentation import augment_batch, random_cutout, random_flip, random_resized_crop, random_shift
+import zoo.data.image_files
 from zoo.data import build_data
+from zoo.data.augmentation import AUGMENTS, augment_batch, random_cutout, random_flip, random_resized_crop, random_shift
 from zoo.models.transform import ImageTransform
 from zoo.randomness import uniform
 
@@ -226,9 +226,9 @@ def test_images_in_memory_are_decoded_once_and_others_once_more_than_used(
     limit, workers, decoded, tmp_path, monkeypatch
 ):
     write_images(tmp_path, {"train/a": 4, "train/b": 4})
-    decode, calls = zoo.image_files.decode, []
+    decode, calls = zoo.data.image_files.decode, []
     monkeypatch.setattr(
-        zoo.image_files, "decode", lambda file, transform: calls.append(file) or decode(file, transform)
+        zoo.data.image_files, "decode", lambda file, transform: calls.append(file) or decode(file, transform)
     )
     data = image_folder(tmp_path, batch_size=2, num_workers=2, memory_limit_mb=limit)
     data.setup("fit")
@@ -552,7 +552,7 @@ def test_larger_training_images_count_for_memory(tmp_path):
 
 def test_images_are_shared_by_whoever_would_read_the_same(tmp_path):
     write_images(tmp_path, {"train/a": 2, "train/b": 2})
-    kinds = {augment: image_folder(tmp_path, augment=augment) for augment in zoo.data.AUGMENTS}
+    kinds = {augment: image_folder(tmp_path, augment=augment) for augment in AUGMENTS}
     kinds["none"].setup("fit")
     for name in ("crop", "crop_flip", "crop_flip_cutout", "resized_crop_flip"):
         kinds[name].share_images(kinds["none"])
@@ -722,9 +722,9 @@ def test_preflight_opens_each_file_once_and_lists_all_that_is_wrong(tmp_path, mo
     root = tmp_path / "photos"
     write_images(root, {"train/a": 3, "train/b": 20, "val/a": 1, "val/b": 2})
     write_bad_images(root / "train/b")
-    opened, decode = [], zoo.image_files.decode
+    opened, decode = [], zoo.data.image_files.decode
     monkeypatch.setattr(
-        zoo.image_files, "decode", lambda file, transform: opened.append(file.name) or decode(file, transform)
+        zoo.data.image_files, "decode", lambda file, transform: opened.append(file.name) or decode(file, transform)
     )
     monkeypatch.setattr("sys.argv", ["zoo", "preflight", str(root)])
     for again in range(3):
@@ -802,11 +802,11 @@ def test_unusual_image_files_look_as_they_should(tmp_path):
     for name, (image, options) in write.items():
         image.save(tmp_path / f"{name}.png", **options)
         assert torch.equal(
-            zoo.image_files.decode(tmp_path / f"{name}.png", ImageTransform(1, 8))[0], torch.from_numpy(grey)
+            zoo.data.image_files.decode(tmp_path / f"{name}.png", ImageTransform(1, 8))[0], torch.from_numpy(grey)
         ), name
     for values in (grey.astype(numpy.float32), grey.astype(numpy.int32)):
         Image.fromarray(values).save(tmp_path / "no range.tiff")
         with pytest.raises(
             ValueError, match="no range.tiff is no readable image .*no stated range; save it with 8 or 16"
         ):
-            zoo.image_files.decode(tmp_path / "no range.tiff", ImageTransform(1, 8))
+            zoo.data.image_files.decode(tmp_path / "no range.tiff", ImageTransform(1, 8))

@@ -57,7 +57,7 @@ def test_a_run_of_an_earlier_version_goes_on_by_the_same_command_to_the_bit(tmp_
     "path",
     [
         *(f"zoo.data.{name}" for name in ("Digits", "MNIST", "CIFAR10", "CIFAR100", "ImageFolder")),
-        *(f"zoo.callbacks.{name}" for name in ("WeightProjection", "WeightedGradients", "StopInTime", "EpochLines")),
+        *(f"zoo.callbacks.{name}" for name in ("WeightProjection", "WeightedGradients", "MovingAverage")),
     ],
 )
 def test_class_paths_that_recipes_name_stay(path):

@@ -13,6 +13,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # A file may import only from files of a lower rank.
 RANKS = {
+    "zoo/data/__init__.py": 10,
+    "zoo/callbacks.py": 11,
     "zoo/training/__init__.py": 0,
     "zoo/robustness/__init__.py": 0,
     "zoo/experiments/__init__.py": 0,
@@ -46,12 +48,12 @@ RANKS = {
     "zoo/checkpoints/timm_entry_points.py": 8.5,
     "zoo/__init__.py": 9,
     "zoo/randomness.py": 6,
-    "zoo/augmentation.py": 6.1,
-    "zoo/loaders.py": 6.1,
-    "zoo/image_files.py": 9.5,
-    "zoo/preflight.py": 9.6,
-    "zoo/data.py": 10,
-    "zoo/callbacks.py": 10,
+    "zoo/data/augmentation.py": 6.1,
+    "zoo/data/loaders.py": 6.1,
+    "zoo/data/image_files.py": 9.5,
+    "zoo/data/preflight.py": 9.6,
+    "zoo/data/module.py": 9.9,
+    "zoo/training/callbacks.py": 10,
     "zoo/runs/last_checkpoint.py": 10,
     "zoo/runs/record.py": 10.05,
     "zoo/training/sharding.py": 10,

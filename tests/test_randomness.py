@@ -6,8 +6,8 @@ import types
 import pytest
 import torch
 
-from zoo.augmentation import AUGMENTS, augment_batch
-from zoo.loaders import Loader, MemoryImages, Share, TrainingLoader
+from zoo.data.augmentation import AUGMENTS, augment_batch
+from zoo.data.loaders import Loader, MemoryImages, Share, TrainingLoader
 from zoo.randomness import generator_of, key_of, uniform
 
 

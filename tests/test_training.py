@@ -16,12 +16,12 @@ from PIL import Image
 import zoo
 from operators import OperatorConfig
 from tests.test_data import write_dataset, write_images
-from zoo.callbacks import StopInTime
 from zoo.checkpoints.loading import PRETRAINED, read_config
 from zoo.data import MNIST
 from zoo.experiments import recipes as training
 from zoo.experiments.recipes import Device, is_finished, recipes, train, train_zoo
 from zoo.runs.record import read_lightning_checkpoint
+from zoo.training.callbacks import StopInTime
 from zoo.training.classifier import Classifier
 from zoo.training.export import LARGEST_IN_FLOAT32
 

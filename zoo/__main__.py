@@ -20,17 +20,17 @@ from torch import Tensor
 import zoo
 from operators import calibrate
 from operators.lookup import unknown_name
-from zoo.augmentation import to_float
 from zoo.checkpoints.card import model_card
 from zoo.checkpoints.loading import CARD, PRETRAINED, find_local, read_config, write_whole
 from zoo.checkpoints.publishing import publish
 from zoo.checkpoints.starting_points import convert, licence_of, start_from
 from zoo.data import DATA, Digits, ImageData, ImageFolder
+from zoo.data.augmentation import to_float
+from zoo.data.image_files import sample_files
 from zoo.experiments.pages import write_reports
 from zoo.experiments.pictures import plot_operators, plot_predictions
 from zoo.experiments.recipes import LEAST_SECONDS, Device, train_zoo
 from zoo.experiments.tables import RESULTS, list_tables, read_table, result_path, run_table
-from zoo.image_files import sample_files
 from zoo.models.building import PLAIN, is_plain
 from zoo.provenance import origin
 from zoo.robustness.evaluation import BATCH, EPS, Result, chosen_steps, companions_of, evaluate

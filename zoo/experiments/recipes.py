@@ -17,10 +17,10 @@ import torch
 import yaml
 
 import zoo
-from zoo.callbacks import EpochLines, StopInTime
 from zoo.checkpoints.loading import CONFIG, PRETRAINED, put_in_place, read_config, write_whole
 from zoo.data import ImageData
 from zoo.runs.record import read_lightning_checkpoint, record_of
+from zoo.training.callbacks import EpochLines, StopInTime
 from zoo.training.cli import run
 from zoo.training.export import export, recorded_data
 

@@ -15,7 +15,7 @@ import zoo
 from operators.lookup import unknown_name
 from zoo.checkpoints.loading import read_config, write_whole
 from zoo.data import ImageData
-from zoo.image_files import evenly_spaced
+from zoo.data.image_files import evenly_spaced
 from zoo.models.building import ModelSpec, is_plain
 from zoo.provenance import origin
 from zoo.robustness.probes import AT_SEVERAL_EPS, ATTACKS, EFFORTS, GRADIENT_ATTACKS, PROBES, Subject, exact_arithmetic

@@ -10,9 +10,9 @@ from scipy.stats import binomtest
 from torch import Tensor
 
 from zoo.checkpoints.card import markdown_table
+from zoo.data.image_files import evenly_spaced
 from zoo.experiments.measures import interval
 from zoo.experiments.pictures import plot_attacked, plot_curves, plot_efforts
-from zoo.image_files import evenly_spaced
 from zoo.models.building import ImageModel, is_plain
 from zoo.robustness.attacks import is_right, pgd
 from zoo.robustness.evaluation import COMPARED, CURVE_EPS, PAPER_EPS, Result, compared_eps

@@ -20,14 +20,14 @@ from torchvision.transforms.v2 import MixUp
 
 from operators import DecoupledConv2d, calibrate, decoupled_layers, filter_norm
 from operators.convert import classifier_layers
-from zoo.callbacks import MovingAverage
 from zoo.checkpoints.starting_points import convert, licence_of, start_from
-from zoo.data import ImageData, first_alone, given_arguments
+from zoo.data.module import ImageData, first_alone, given_arguments
 from zoo.models.building import PLAIN, ImageModel, ModelSpec, build
 from zoo.provenance import commit, origin
 from zoo.randomness import run_seed, seed_of
 from zoo.runs.record import RECORD, read_record
 from zoo.training.adversarial import AdversarialTraining, OverfittingAlarm
+from zoo.training.callbacks import MovingAverage
 from zoo.training.finite import SkippedSteps, explanation
 from zoo.training.sharding import check_sharding, shard
 

@@ -24,12 +24,12 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from operators.lookup import look_up, unknown_name
-from zoo.callbacks import PredictionTable
 from zoo.checkpoints.starting_points import shape_of
 from zoo.data import DATA, ImageData
-from zoo.image_files import unreadable
+from zoo.data.image_files import unreadable
 from zoo.runs.last_checkpoint import LAST, PREVIOUS, SIGNALS, STOPPED, LastCheckpoint, SafeCheckpointIO, best_checkpoint
 from zoo.runs.record import record_of, usable_checkpoint
+from zoo.training.callbacks import PredictionTable
 from zoo.training.classifier import Classifier
 
 # Lightning's advertisement, and a deprecated function that it calls itself.
@@ -282,7 +282,9 @@ def hash_of(settings: Namespace) -> str:
     given.pop("config", None)
     # Commands are compared that name the same one, spelt in one way or another.
     del given["checkpoint"]["dirpath"]
-    return hashlib.sha256(json.dumps(given, sort_keys=True, default=str).encode()).hexdigest()
+    text = json.dumps(given, sort_keys=True, default=str)
+    # Runs of earlier versions have the callbacks' class paths in their hash.
+    return hashlib.sha256(text.replace('"zoo.training.callbacks.', '"zoo.callbacks.').encode()).hexdigest()
 
 
 def command_of(*words: str) -> str:
@@ -359,7 +361,7 @@ def checkpoint_settings(path: str, predicting: bool) -> list[str]:
     # Images to predict on are decoded as the network wants them, so the training images need not be there.
     if not predicting:
         kind = look_up(DATA, record["data"]["name"], "data set")
-        data = {"class_path": f"{kind.__module__}.{kind.__name__}", "init_args": record["data"]["arguments"]}
+        data = {"class_path": f"zoo.data.{kind.__name__}", "init_args": record["data"]["arguments"]}
         settings += ["--data", json.dumps(data)]
     return settings
 

@@ -25,8 +25,8 @@ from torchvision import datasets
 from torchvision.datasets.vision import VisionDataset
 
 from operators.lookup import look_up, unknown_name
-from zoo.augmentation import AUGMENTS, Augment, augment_batch, to_float
-from zoo.image_files import (
+from zoo.data.augmentation import AUGMENTS, Augment, augment_batch, to_float
+from zoo.data.image_files import (
     MOST_UNREADABLE,
     DiskImages,
     class_folders,
@@ -40,9 +40,9 @@ from zoo.image_files import (
     some_of,
     unreadable,
 )
-from zoo.loaders import Loader, MemoryImages, Share, TrainingLoader, as_it_is
+from zoo.data.loaders import Loader, MemoryImages, Share, TrainingLoader, as_it_is
+from zoo.data.preflight import examine
 from zoo.models.transform import ImageTransform
-from zoo.preflight import examine
 from zoo.randomness import run_seed
 
 # Images to predict on are read later, when it is known what the network takes.
