@@ -23,12 +23,14 @@ import torch
 import zoo
 from benchmarks import measure
 from operators import MAGNITUDES, calibrate, diagnose
-from zoo.checkpoints.loading import PRETRAINED, read_config
-from zoo.checkpoints.starting_points import convert
+from zoo.checkpoints.catalogue import PRETRAINED
+from zoo.checkpoints.config import read_config
 from zoo.data import ImageData
-from zoo.models.building import PLAIN, ImageModel
+from zoo.data.measuring import recorded_data
+from zoo.models.conversion import convert
+from zoo.models.image_model import ImageModel
+from zoo.models.spec import PLAIN
 from zoo.training.cli import run
-from zoo.training.export import recorded_data
 
 OUTPUT = measure.RESULTS / "calibration.json"
 TWINS = ("digits_cnn6_conv", "mnist_cnn6_conv", "cifar10_resnet20_conv")

@@ -14,8 +14,9 @@ from torch import nn
 
 import zoo
 from benchmarks import measure
-from zoo.checkpoints.loading import PRETRAINED, read_config
-from zoo.models.building import PLAIN, ModelSpec
+from zoo.checkpoints.catalogue import PRETRAINED
+from zoo.checkpoints.config import read_config
+from zoo.models.spec import PLAIN, ModelSpec
 
 
 def families() -> dict[str, list[str]]:

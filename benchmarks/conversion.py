@@ -10,11 +10,10 @@ from matplotlib.figure import Figure
 
 from benchmarks import calibration, finetune
 from benchmarks.report import DOCS, read
-from zoo.checkpoints.card import markdown_table
-from zoo.checkpoints.loading import write_whole
-from zoo.experiments.pages import filled
-from zoo.experiments.pictures import STYLE
-from zoo.models.building import PLAIN
+from zoo.figures import STYLE
+from zoo.files import write_whole
+from zoo.markdown import filled, markdown_table
+from zoo.models.spec import PLAIN
 
 PAGE, PICTURE = DOCS / "conversion.md", DOCS / "finetune.png"
 OK = "ok"

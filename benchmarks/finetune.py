@@ -17,7 +17,7 @@ import torch
 
 from benchmarks import measure
 from zoo.data.image_files import class_folders
-from zoo.training.callbacks import EpochLines
+from zoo.recipes.epochs import EpochLines
 from zoo.training.cli import run
 from zoo.training.export import export
 

@@ -19,10 +19,9 @@ import zoo
 from benchmarks import measure
 from benchmarks.report import DOCS, read
 from tests.hub_server import Fault, drip, serving, silence, status
-from zoo.checkpoints.card import markdown_table
-from zoo.checkpoints.hub import WEIGHTS
-from zoo.checkpoints.loading import write_whole
-from zoo.experiments.pages import filled
+from zoo.files import write_whole
+from zoo.hub.repository import WEIGHTS
+from zoo.markdown import filled, markdown_table
 
 OUTPUT = measure.RESULTS / "loading.json"
 PAGE = DOCS / "checkpoints.md"

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from zoo.checkpoints.loading import write_whole
+from zoo.files import write_whole
 
 Step = Callable[[], None]
 PLAIN = "plain"

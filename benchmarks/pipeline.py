@@ -21,9 +21,9 @@ import torch
 
 from benchmarks import measure
 from zoo.data import CIFAR10
-from zoo.data.loaders import MemoryImages
-from zoo.experiments.recipes import Device
+from zoo.data.image_sets import MemoryImages
 from zoo.training.classifier import Classifier
+from zoo.training.device import Device
 
 NETWORKS = ("conv", "tanh_cosine")
 # The first steps compile, or find out which kernels are fastest.

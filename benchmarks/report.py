@@ -12,9 +12,9 @@ from matplotlib.figure import Figure
 
 from benchmarks import models, operators
 from benchmarks.measure import PLAIN, RESULTS
-from zoo.checkpoints.card import markdown_table
-from zoo.checkpoints.loading import write_whole
-from zoo.experiments.pictures import STYLE
+from zoo.figures import STYLE
+from zoo.files import write_whole
+from zoo.markdown import markdown_table
 
 DOCS = RESULTS.parent / "docs"
 PAGE, PICTURE = DOCS / "performance.md", DOCS / "growth.png"

@@ -26,11 +26,9 @@ from benchmarks import measure
 from benchmarks.photos import photographs
 from benchmarks.pipeline import Generated
 from benchmarks.report import DOCS, read
-from operators import convert_decoupled
-from zoo.checkpoints.card import markdown_table
-from zoo.checkpoints.loading import write_whole
-from zoo.data.image_files import decode
-from zoo.experiments.pages import filled
+from operators import OperatorConfig, convert_decoupled
+from zoo.files import write_whole
+from zoo.markdown import filled, markdown_table
 from zoo.models.transform import ImageTransform
 from zoo.training.classifier import Classifier
 
@@ -122,7 +120,7 @@ def decoded_per_second(repeats: int = 40) -> float:
         transform = ImageTransform(3, STORED)
         start = time.perf_counter()
         for place in range(repeats):
-            decode(files[place % len(files)], transform)
+            transform.read(files[place % len(files)])
         return repeats / (time.perf_counter() - start)
 
 
@@ -130,7 +128,7 @@ def bytes_per_image(architecture: str, operator: str | None) -> float:
     """Return the memory that a training step in float32 needs for each further image of 224×224."""
     network = timm.create_model(architecture)
     if operator:
-        convert_decoupled(network, operator)
+        convert_decoupled(network, OperatorConfig.parse(operator))
     peaks = []
     for count in (2, 4):
         images = torch.randn(count, 3, 224, 224).contiguous(memory_format=torch.channels_last).requires_grad_()

@@ -15,13 +15,12 @@ import torch
 import zoo
 from benchmarks import measure
 from benchmarks.report import DOCS, read
-from zoo.checkpoints.card import markdown_table
-from zoo.checkpoints.loading import write_whole
-from zoo.experiments.pages import filled
-from zoo.models.building import is_plain
+from zoo.data.measuring import measured_data
+from zoo.files import write_whole
+from zoo.markdown import filled, markdown_table
+from zoo.models.names import is_plain
 from zoo.provenance import origin
 from zoo.robustness.smoothness import by_layer
-from zoo.training.export import measured_data
 
 OUTPUT = measure.RESULTS / "smoothness.json"
 PAGE = DOCS / "robustness.md"

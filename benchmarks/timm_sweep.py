@@ -24,10 +24,10 @@ from torch.nn.modules.conv import _ConvNd
 
 from benchmarks import measure
 from operators import ConversionReport, OperatorConfig, convert_decoupled, decoupled_layers, revert
-from zoo.models.building import ARCHITECTURES
+from zoo.architectures import ARCHITECTURES
 
 IDENTITY = OperatorConfig("linear", "cosine", weighting="linear")
-OPERATOR = "tanh_cosine"
+OPERATOR = OperatorConfig("tanh", "cosine")
 # Relative to the largest answer.
 TOLERANCE = 1e-4
 # Networks made for larger images, and able to take others, get images of this size.

@@ -14,17 +14,18 @@ from torch.utils.hooks import RemovableHandle
 
 from operators.angular import cosine
 from operators.conv import DecoupledConv2d, decoupled_layers
+from operators.evaluation_mode import evaluating
 from operators.magnitude import RADIUS_FLOOR, Linear, Sphere
 
 Batches = Iterable[Tensor | tuple[Tensor, ...] | list[Tensor]]
 
-# Of which diagnose tells the norms.
+# The norms that diagnose tells are at these quantiles.
 QUANTILES = (0.5, 0.9, 0.99, 0.999)
 # A bounded layer with a larger share of its patches beyond the radius hardly tells their norms apart.
 SATURATED = 0.98
 LARGEST_FLOAT16 = torch.finfo(torch.float16).max
 
-# What the answers of an ordinary convolution and the cosines are, written as magnitudes.
+# Ordinary convolutions and plain cosines, written as magnitudes.
 _PLAIN, _COSINE = Linear(weighting="linear"), Sphere()
 
 
@@ -186,18 +187,15 @@ def calibrate(model: nn.Module, batches: Batches, quantile: float = 0.99) -> tup
             norm.running_mean += now.mean - before.mean
             norm.running_var *= (now.variance + norm.eps) / (before.variance + norm.eps)
 
-    with _restoring_on_error(model), _evaluating(model):
+    with _restoring_on_error(model), evaluating(model):
         with _answering_as_ordinary(names), _before_each(norms, observe):
             model(images)
         with _before_each(names, fit), _before_each(norms, move):
             model(images)
         if not fitted:
             raise ValueError(f"{type(model).__name__} does not use its decoupled convolutions in evaluation mode")
-    layers = [
-        fitted.get(layer) or CalibratedLayer(name, str(layer.operator), reason="not used")
-        for layer, name in names.items()
-    ]
-    return model, CalibrationReport(len(images), quantile, tuple(layers))
+    unused = {layer: CalibratedLayer(name, str(layer.operator), reason="not used") for layer, name in names.items()}
+    return model, CalibrationReport(len(images), quantile, tuple({**unused, **fitted}.values()))
 
 
 @torch.no_grad()
@@ -215,12 +213,12 @@ def diagnose(model: nn.Module, batches: Batches) -> DiagnosisReport:
     names = _decoupled(model, "diagnose")
     seen = {layer: _Observations() for layer in names}
     count = 0
-    with _evaluating(model), _before_each(names, lambda layer, input: seen[layer].add(layer, input)):
+    with evaluating(model), _before_each(names, lambda layer, input: seen[layer].add(layer, input)):
         for batch in _nonempty(batches, "diagnose"):
             images = _images_of(batch, model)
             model(images)
             count += len(images)
-        # In evaluation mode, where a relative radius is that of the running mean.
+        # The layer is in evaluation mode, where a relative radius is that of the running mean.
         layers = [seen[layer].summary(layer, name) for layer, name in names.items() if seen[layer].norms]
     return DiagnosisReport(count, tuple(layers))
 
@@ -372,17 +370,6 @@ def _restoring_on_error(model: nn.Module) -> Iterator[None]:
             _set(layer, radius=operator.radius, alpha=operator.alpha, beta=operator.beta)
         model.load_state_dict(state)
         raise
-
-
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in training.items():
-            module.training = mode
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ from operators.timm_conv import COUNTERPARTS
 
 Filter = Callable[[nn.Module, str], bool]
 
-# What computes gates, not features, by class name or class name and attribute: timm's and torchvision's.
+# Modules of timm and torchvision that compute gates, not features, by class name or class name and attribute.
 GATES = frozenset(
     {
         "SqueezeExcite",
@@ -89,7 +89,7 @@ class ConversionReport:
         return tuple(layer for layer in self.layers if not layer.converted)
 
     def __str__(self) -> str:
-        lines = [f"{self.operator.name}: {len(self.converted)} converted, {len(self.skipped)} skipped"]
+        lines = [f"{self.operator}: {len(self.converted)} converted, {len(self.skipped)} skipped"]
         width = max((len(layer.name) for layer in self.layers), default=0)
         for layer in self.layers:
             also = f" (also {', '.join(layer.aliases)})" if layer.aliases else ""
@@ -111,11 +111,13 @@ def convert_decoupled(
     still fit; a learned radius and a running norm add keys of their own. timm's convolutions keep what they do beside:
     weights are standardised first, and padding follows the size of the input.
 
-    A trained network keeps most of what it learned if the operator is weighted (``weighting="linear"``) and then
-    calibrated; see :func:`operators.calibrate`.
+    A bare name means weighting ``"linear"``, since the filters' norms are part of what a trained network has learned;
+    it keeps most of that if it is then calibrated (:func:`operators.calibrate`). Given to a layer or to ``zoo.build``,
+    the same name means the paper's unweighted operator.
 
     Args:
-        operator: a name such as ``"tanh_cosine"``, an :class:`OperatorConfig`, or a mapping of its fields.
+        operator: a name such as ``"tanh_cosine"``, weighted ``"linear"``; or an :class:`OperatorConfig` or a mapping of
+            its fields, which mean what they say. The report has the config that was used.
         filter_fn: ``filter_fn(module, name)`` says whether a convolution, of any number of dimensions, is converted;
             one that is used under several names is converted if any of them is chosen. By default everything is, but
             gates (squeeze-excite and its kin) and a convolution that is the classifier.
@@ -135,30 +137,19 @@ def convert_decoupled(
             f"convert_decoupled takes a network, then an operator, but got {type(model).__name__} as the network; "
             "timm.create_model(NAME) makes one, load_state_dict gives it weights"
         )
-    config = OperatorConfig.parse(operator)
+    config = OperatorConfig.parse({"name": operator, "weighting": "linear"} if isinstance(operator, str) else operator)
     if filter_fn is not None and not callable(filter_fn):
         raise TypeError(f"filter_fn is a function of a convolution and its name, got {filter_fn!r}")
     _refuse_wrappers(model)
-    modules = _named_convolutions(model)
-    _refuse_second_conversion(modules)
-    plan = []
-    for module, names in modules:
-        reason = _reason_to_skip(model, module, names, filter_fn)
-        if not reason:
-            _refuse_hooks(module, names[0])
-        plan.append((module, LayerReport(names[0], type(module).__name__, not reason, reason, tuple(names[1:]))))
+    plan = _plan(model, filter_fn)
     report = ConversionReport(config, tuple(layer for _, layer in plan))
     if not report.converted:
         raise ValueError(
             f"nothing to convert in {type(model).__name__}: "
             + (f"{report}\n{CHOOSE}" if report.layers else "it has no convolution")
         )
-    if strict and (plain := [layer for layer in report.skipped if layer.reason != LEFT_OUT]):
-        raise ValueError(
-            f"strict: {len(plain)} of {len(report.layers)} convolutions would stay plain; choose those to convert by "
-            "filter_fn=lambda module, name: ..., or leave out strict:\n"
-            + "\n".join(f"  {layer.name or 'the model'} ({layer.kind}): {layer.reason}" for layer in plain)
-        )
+    if strict:
+        _refuse_plain(report)
     for module, layer in plan:
         if layer.converted:
             module.__class__ = COUNTERPARTS[_full_name(type(module))]
@@ -221,6 +212,19 @@ def _reason_to_skip(root: nn.Module, module: nn.Module, names: list[str], filter
     return ""
 
 
+def _plan(model: nn.Module, filter_fn: Filter | None) -> list[tuple[nn.Module, LayerReport]]:
+    """Return every convolution with what becomes of it."""
+    modules = _named_convolutions(model)
+    _refuse_second_conversion(modules)
+    plan = []
+    for module, names in modules:
+        reason = _reason_to_skip(model, module, names, filter_fn)
+        if not reason:
+            _refuse_hooks(module, names[0])
+        plan.append((module, LayerReport(names[0], type(module).__name__, not reason, reason, tuple(names[1:]))))
+    return plan
+
+
 def _enclosing_gate(root: nn.Module, name: str) -> str | None:
     parts = name.split(".")
     for end, part in enumerate(parts):
@@ -269,6 +273,15 @@ def _refuse_second_conversion(modules: list[tuple[nn.Module, list[str]]]) -> Non
                 f"{names[0] or 'the model'} is {module.operator.name} already: revert(model) first, "
                 "or give single layers another operator by layer.set_operator(...)"
             )
+
+
+def _refuse_plain(report: ConversionReport) -> None:
+    if plain := [layer for layer in report.skipped if layer.reason != LEFT_OUT]:
+        raise ValueError(
+            f"strict: {len(plain)} of {len(report.layers)} convolutions would stay plain; choose those to convert by "
+            "filter_fn=lambda module, name: ..., or leave out strict:\n"
+            + "\n".join(f"  {layer.name or 'the model'} ({layer.kind}): {layer.reason}" for layer in plain)
+        )
 
 
 def _refuse_hooks(module: nn.Module, name: str) -> None:

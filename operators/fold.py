@@ -149,7 +149,7 @@ def _check(original: nn.Module, folded: nn.Module, example: Tensor) -> None:
 @torch.no_grad()
 def _fold_layer(layer: DecoupledConv2d, norm: nn.BatchNorm2d | None) -> None:
     magnitude, angular, eps = layer.magnitude, layer.angular, layer.operator.eps
-    # In float64, so that what is rounded is rounded once.
+    # The product is taken in float64, so that it is rounded once.
     weight = layer.effective_weight().double()
     factor = filter_factor(weight, magnitude, angular, eps)
     weight = weight * filter_multiplier(magnitude, angular, eps)(weight.square().sum((1, 2, 3), keepdim=True))
@@ -169,7 +169,7 @@ def _fold_layer(layer: DecoupledConv2d, norm: nn.BatchNorm2d | None) -> None:
     layer.weight = nn.Parameter(torch.empty_like(layer.weight).copy_(weight), requires_grad=False)
     layer.bias = None if bias is None else nn.Parameter(bias.to(dtype), requires_grad=False)
     layer.padding = layer.effective_padding
-    # What timm's layers make their filters of.
+    # timm's layers make their filters of these.
     for name in [name for name, _ in layer.named_parameters(recurse=False) if name not in ("weight", "bias")]:
         delattr(layer, name)
     if angular is cosine and magnitude.constant_gain is not None and layer.padding != "dynamic_same":

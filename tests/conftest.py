@@ -17,3 +17,6 @@ torch.set_num_threads(1)
 
 # A shell that starts the tests in the background lets them ignore Ctrl-C, which some of them send.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# Their fixtures, ``run`` and ``server``, serve several files of tests.
+pytest_plugins = ["tests.command_line", "tests.hub_fixture"]

@@ -5,7 +5,8 @@ import signal
 
 import lightning as L
 
-from zoo.training.cli import readable_errors, run
+from zoo.commands.console import readable_errors
+from zoo.training.cli import run
 
 
 class Signal(L.Callback):

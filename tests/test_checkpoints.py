@@ -13,7 +13,7 @@ from PIL import Image
 
 import zoo
 from operators import DecoupledConv2d, fold, revert
-from zoo.checkpoints.loading import PRETRAINED
+from zoo.checkpoints.catalogue import PRETRAINED
 
 NAME = "digits_cnn6_tanh_cosine"
 
@@ -60,7 +60,7 @@ def test_equal_weights_give_equal_bytes(model, folder, tmp_path):
 
 def test_a_half_written_folder_never_shows(model, folder, monkeypatch):
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    monkeypatch.setattr("zoo.checkpoints.loading.model_card", lambda config: 1 / 0)
+    monkeypatch.setattr("zoo.checkpoints.saving.model_card", lambda config: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         zoo.save(model, folder, overwrite=True)
     with pytest.raises(ZeroDivisionError):
@@ -268,14 +268,15 @@ def test_missing_files_are_named(folder, tmp_path):
         zoo.load(folder)
 
 
-def test_the_code_of_the_card_runs(folder, tmp_path, monkeypatch):
+def test_the_code_of_the_card_runs(folder, tmp_path, monkeypatch, capsys):
     shutil.copytree(folder, tmp_path / "path/to" / NAME)
     Image.new("L", (20, 30)).save(tmp_path / "image.png")
     monkeypatch.chdir(tmp_path)
     (code,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(encoding="utf-8"), re.DOTALL)
     names = {}
     exec(code, names)
-    assert names["probabilities"].shape == (10,)
+    printed = capsys.readouterr().out.splitlines()
+    assert len(printed) == 5 and all(re.fullmatch(r"digit \d: \d+\.\d%", line) for line in printed)
 
 
 def test_an_unknown_name_lists_the_legal_ones_and_the_nearest():

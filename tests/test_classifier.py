@@ -10,11 +10,12 @@ import torch.nn.functional as F
 import zoo
 from operators import DecoupledConv2d
 from zoo.data import Digits
-from zoo.runs.last_checkpoint import LastCheckpoint
-from zoo.runs.record import read_lightning_checkpoint
+from zoo.resuming.last_checkpoint import LastCheckpoint
+from zoo.resuming.record import read_lightning_checkpoint
 from zoo.training.callbacks import WeightedGradients, WeightProjection
-from zoo.training.classifier import Classifier, learning_rate_factor, orthogonality_penalty
+from zoo.training.classifier import Classifier
 from zoo.training.finite import SkippedSteps, first_bad_layer
+from zoo.training.optimisation import learning_rate_factor, orthogonality_penalty
 
 LEARNED = {"name": "tanh_cosine", "radius_mode": "learned", "radius_relative": True}
 

@@ -18,64 +18,27 @@ from sklearn.datasets import load_digits
 
 import train
 import zoo
-from zoo import __main__ as command_line
-from zoo.checkpoints.loading import PRETRAINED
+from tests.command_line import SHORT, fit, make_photos
+from zoo.checkpoints.catalogue import PRETRAINED
+from zoo.commands import console as command_line
 from zoo.data import DATA
-from zoo.runs import last_checkpoint as saving
+from zoo.models import building
+from zoo.recipes import recipe as recipes
+from zoo.resuming import folder as run_folder
+from zoo.resuming import record
+from zoo.resuming.record import record_of
 from zoo.training.classifier import Classifier
 
 ROOT = Path(__file__).resolve().parent.parent
+
 RECIPES = sorted((ROOT / "configs").glob("*.yaml"))
+
 DIGITS = [name for name in zoo.list_checkpoints() if name.startswith("digits_")]
-# One epoch of two steps.
-SHORT = "--trainer.max_epochs 1 --trainer.limit_train_batches 2 --trainer.limit_val_batches 1".split()
 
 pytestmark = [
     # Two steps are fewer than the logging interval that real recipes have.
     pytest.mark.filterwarnings("ignore:The number of training batches"),
 ]
-
-
-@pytest.fixture
-def run(monkeypatch, capsys, caplog, tmp_path):
-    """Run ``train.py`` or ``python -m zoo`` in this process and folder; return exit status and what was printed.
-
-    ``run.told()`` returns what the last run told by Lightning's logger.
-    """
-    monkeypatch.chdir(tmp_path)
-
-    def run_main(*words, main=train.main):
-        monkeypatch.setattr(sys, "argv", ["train.py", *map(str, words)])
-        capsys.readouterr()
-        caplog.clear()
-        status = 0
-        try:
-            main()
-        except SystemExit as error:
-            status = error.code
-        printed = capsys.readouterr()
-        return status, printed.out, printed.err
-
-    run_main.told = lambda: caplog.text
-    return run_main
-
-
-def fit(run, *words):
-    status, _, errors = run("fit", *SHORT, "--checkpoint.dirpath", "run", *words)
-    assert status == 0, errors
-    return Path("run/last.ckpt").resolve()
-
-
-def make_photos(folder, classes=("cat", "dog"), count=4, size=8, splits=("train",)):
-    """Write random grey images, brighter for later classes."""
-    generator = torch.Generator().manual_seed(0)
-    for split in splits:
-        for label, name in enumerate(classes):
-            (folder / split / name).mkdir(parents=True)
-            for index in range(count):
-                pixels = torch.rand(size, size, generator=generator) * 100 + 150 * label / len(classes)
-                Image.fromarray(pixels.byte().numpy()).save(folder / split / name / f"{index}.png")
-    return folder
 
 
 def test_fit_alone_trains_a_decoupled_network_on_digits(run):
@@ -197,7 +160,7 @@ def test_control_c_ends_other_commands_without_a_stack_trace(run, monkeypatch):
 
 @pytest.mark.parametrize("words", [("train-zoo", "--only", "digits_cnn6_conv"), ("table", "no_relu")], ids=" ".join)
 def test_control_c_says_how_to_go_on_with_the_zoo(run, monkeypatch, words):
-    monkeypatch.setattr("zoo.experiments.recipes.run", lambda *_: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr("zoo.recipes.recipe.run", lambda *_: signal.raise_signal(signal.SIGINT))
     status, printed, errors = run(*words, "--scale=tiny" if "table" in words else "--to=.", main=command_line.main)
     assert (status, errors) == (130, "")
     assert printed == "\nstopped; the same command goes on from what was saved\n"
@@ -269,7 +232,7 @@ def test_a_run_in_another_folder_goes_on_there(run):
 
 def test_two_runs_do_not_write_to_one_folder(run, monkeypatch):
     Path("run").mkdir()
-    monkeypatch.setattr(saving, "LOCK_SECONDS", 0.1)
+    monkeypatch.setattr(run_folder, "LOCK_SECONDS", 0.1)
     hold = "import filelock\nwith filelock.FileLock('run/.lock'): print('held', flush=True); input()"
     streams = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     with subprocess.Popen([sys.executable, "-c", hold], **streams) as other:
@@ -560,7 +523,7 @@ def test_the_demo_writes_its_picture(run, name):
 
 @pytest.mark.parametrize("other", [{"in_chans": 3}, {"input_size": 16}, {"num_classes": 3}], ids=str)
 def test_the_demo_refuses_a_checkpoint_of_other_images_than_digits(run, monkeypatch, other):
-    monkeypatch.setattr("zoo.data.module.load_digits", lambda: pytest.fail("the digits are read"))
+    monkeypatch.setattr("zoo.data.digits.load_digits", lambda: pytest.fail("the digits are read"))
     zoo.save(zoo.build("cnn6", **{"in_chans": 1, "input_size": 8, **other}), "photos_cnn6_conv")
     status, _, errors = run("demo", "photos_cnn6_conv", main=command_line.main)
     assert status == 1 and "predict --model.init_from photos_cnn6_conv --data.predict FOLDER" in errors
@@ -753,3 +716,70 @@ def test_adversarial_training_is_recorded_resumed_and_exported(run):
 def test_wrong_settings_of_adversarial_training_are_told(run, words, message):
     status, printed, errors = run("fit", *SHORT, *words)
     assert status not in (0, None) and message in printed + errors + str(status)
+
+
+def test_every_program_trains_and_records_how_it_was_called(tmp_path):
+    """From the packages alone, as who installs the wheel has them."""
+    for package in ("operators", "zoo"):
+        ignored = shutil.ignore_patterns("__pycache__", "pretrained")
+        shutil.copytree(ROOT / package, tmp_path / "site" / package, ignore=ignored)
+    shutil.copytree(PRETRAINED / "digits_cnn6_conv", tmp_path / "site/zoo/pretrained/digits_cnn6_conv")
+    shutil.copy(PRETRAINED / "published.json", tmp_path / "site/zoo/pretrained")
+    script = tmp_path / "bin/decoupled-zoo"
+    script.parent.mkdir()
+    script.write_text("from zoo.commands.console import main\nmain()\n")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
+
+    def call(*words):
+        command = [sys.executable, *words]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        return done.returncode, done.stdout, done.stderr
+
+    for program, called in ((["-m", "zoo"], "python -m zoo"), ([str(script)], "decoupled-zoo")):
+        status, printed, errors = call(*program, "fit", *SHORT, "--checkpoint.dirpath", called.split()[0])
+        assert status == 0, errors
+        record = record_of(tmp_path / called.split()[0] / "last.ckpt")
+        assert record.training["command"].startswith(f"{called} fit --trainer.max_epochs 1 ")
+    assert call(str(script), "--help")[1].startswith("usage: decoupled-zoo [-h] COMMAND ...")
+    assert call("-m", "zoo", "fit", "--help")[1].startswith("usage: python -m zoo [options] fit")
+    assert call(str(script), "demo", "digits_cnn6_conv")[0] == 0 and (tmp_path / "outputs/demo.png").is_file()
+    assert "error: train-zoo works in a checkout of decoupled-zoo only" in call(str(script), "train-zoo")[2]
+
+
+@pytest.mark.parametrize("words", ["train-zoo", "table no_relu", "reports"])
+def test_what_needs_a_checkout_says_so_elsewhere(run, monkeypatch, words):
+    monkeypatch.setattr(recipes, "CHECKOUT", Path.cwd())
+    name, *rest = words.split()
+    status, printed, errors = run(name, *rest, main=command_line.main)
+    assert (status, printed) == (1, "") and errors == (
+        f"error: {name} works in a checkout of decoupled-zoo only, which has configs/, docs/ and results/: clone the "
+        f"repository, and run python -m zoo {name} there\n"
+    )
+
+
+def test_export_reads_a_checkpoint_once_and_builds_no_more_than_it_must(run, monkeypatch):
+    path = fit(run)
+    built, read = [], []
+    build = building._build_network
+    monkeypatch.setattr(
+        building,
+        "_build_network",
+        lambda *words: built.append(torch.get_default_device().type) or build(*words),
+    )
+    hashed, loaded = record.damage_in, torch.load
+    monkeypatch.setattr(record, "damage_in", lambda file: read.append(file) or hashed(file))
+    monkeypatch.setattr(torch, "load", lambda file, **settings: read.append(file) or loaded(file, **settings))
+    assert run("export", path, "digits_cnn6_tanh_cosine", main=command_line.main)[0] == 0
+    # The second one has no weights: it tells whether the folder can be loaded again.
+    assert built == ["cpu", "meta"]
+    # One open file is hashed and then loaded.
+    assert len(read) == 2 and read[0] is read[1] and Path(read[0].name) == path
+
+
+def test_each_family_has_the_commands_that_are_told_of_it():
+    for family, names in command_line.FAMILIES.items():
+        parser = command_line.command_parser([family])
+        (commands,) = (action for action in parser._actions if action.choices)
+        assert set(commands.choices) == {*names, *command_line.TRAINING}
+    files = {file.stem for file in (ROOT / "zoo/commands").glob("*.py")} - {"__init__", "arguments", "console"}
+    assert files == set(command_line.FAMILIES)

@@ -8,7 +8,7 @@ import torch
 from timm.layers import CondConv2d
 from torch import nn
 
-from operators import ANGULARS, MAGNITUDES, DecoupledConv2d, OperatorConfig, convert_decoupled, revert
+from operators import ANGULARS, MAGNITUDES, DecoupledConv2d, OperatorConfig, convert_decoupled, decoupled_layers, revert
 
 QCONFIG = torch.ao.quantization.default_qat_qconfig
 IDENTITY = OperatorConfig("linear", "cosine", weighting="linear")
@@ -51,7 +51,7 @@ def test_linear_cosine_weighted_linear_keeps_the_outputs_of_a_network(name):
 @pytest.mark.parametrize("name", [f"{magnitude}_{angular}" for magnitude in MAGNITUDES for angular in ANGULARS])
 def test_conversion_equals_a_network_built_with_the_layer(name):
     torch.manual_seed(0)
-    converted, _ = convert_decoupled(small_network(), name)
+    converted, _ = convert_decoupled(small_network(), OperatorConfig.parse(name))
     built = nn.Sequential(
         DecoupledConv2d(3, 4, 3, operator=name),
         nn.ReLU(),
@@ -61,6 +61,21 @@ def test_conversion_equals_a_network_built_with_the_layer(name):
     built.load_state_dict(converted.state_dict())
     images = torch.randn(2, 3, 9, 9)
     assert torch.equal(converted(images), built(images))
+
+
+def test_a_bare_name_is_weighted_in_a_conversion_alone_and_anything_else_means_what_it_says():
+    for operator, weighting in [
+        ("tanh_cosine", "linear"),
+        ({"name": "tanh_cosine"}, "none"),
+        ({"name": "tanh_cosine", "weighting": "tanh"}, "tanh"),
+        (OperatorConfig("tanh", "cosine"), "none"),
+    ]:
+        model, report = convert_decoupled(small_network(), operator)
+        assert {layer.operator.weighting for layer in decoupled_layers(model).values()} == {weighting}
+        assert report.operator.weighting == weighting
+        assert str(report).startswith(f"{report.operator}: ")
+        assert (f"weighting={weighting}" in str(report)) == (weighting != "none")
+    assert DecoupledConv2d(3, 4, 3, operator="tanh_cosine").operator.weighting == "none"
 
 
 def test_what_a_layer_is_stays():

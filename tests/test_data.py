@@ -4,7 +4,6 @@ import collections
 import io
 import itertools
 import os
-import pickle
 import re
 import types
 import urllib.error
@@ -20,21 +19,18 @@ from sklearn.datasets import load_digits
 from torch.utils.data import DataLoader
 from torchvision import datasets
 
-import zoo.__main__
 import zoo.data
 import zoo.data.image_files
+from tests.image_files import FOLDERS, noise, write_dataset, write_images
+from zoo.commands.console import main
 from zoo.data import build_data
 from zoo.data.augmentation import AUGMENTS, augment_batch, random_cutout, random_flip, random_resized_crop, random_shift
 from zoo.models.transform import ImageTransform
 from zoo.randomness import uniform
 
 SPLITS = ("train", "val", "test")
-FOLDERS = {"MNIST": "MNIST/raw", "CIFAR10": "cifar-10-batches-py", "CIFAR100": "cifar-100-python"}
+
 TWO = {"train/a": 2, "train/b": 2}
-
-
-def noise(*shape, seed=0):
-    return numpy.random.default_rng(seed).integers(0, 256, shape, dtype=numpy.uint8)
 
 
 def draws(images, number):
@@ -51,49 +47,10 @@ def contents(data, *splits):
     return sum((count(chosen.images.numpy(), chosen.labels) for chosen in sets), start=collections.Counter())
 
 
-def write_dataset(name, root):
-    """Write a small data set as its authors do: the images and labels of "train" (5 of each class) and "test" (2)."""
-    kind, source, written = zoo.data.DATA[name], getattr(datasets, name), {}
-    folder = root / FOLDERS[name]
-    folder.mkdir(parents=True)
-    for part, repeats in (("train", 5), ("test", 2)):
-        labels = numpy.arange(repeats * len(kind.class_names)) % len(kind.class_names)
-        images = noise(len(labels), kind.in_chans, kind.input_size, kind.input_size, seed=repeats)
-        written[part] = (images, labels)
-        if name == "MNIST":
-            for array, form in ((images[:, 0], "images-idx3"), (labels.astype(numpy.uint8), "labels-idx1")):
-                header = numpy.array([0x800 + array.ndim, *array.shape], dtype=">i4")
-                file = folder / f"{part.replace('test', 't10k')}-{form}-ubyte"
-                file.write_bytes(header.tobytes() + array.tobytes())
-            continue
-        files = [file for file, md5 in getattr(source, f"{part}_list")]
-        for file, chosen in zip(files, numpy.split(numpy.arange(len(labels)), len(files)), strict=True):
-            key = "labels" if name == "CIFAR10" else "fine_labels"
-            write_pickle(folder / file, {"data": images[chosen].reshape(-1, 3072), key: labels[chosen].tolist()})
-        write_pickle(folder / source.meta["filename"], {source.meta["key"]: kind.class_names})
-    return written
-
-
-def write_pickle(path, content):
-    path.write_bytes(pickle.dumps(content, protocol=2))
-
-
 @pytest.fixture
 def any_md5(monkeypatch):
     """Accept files whatever their hash, which only the authors' own files can have."""
     monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda path, md5: os.path.isfile(path))
-
-
-def write_images(root, counts, size=(8, 8), mode="RGB", form="png"):
-    """Write noise as root/FOLDER/0.png, 1.png, ... for each folder and number, and return the images by their paths."""
-    images = {}
-    for folder, number in counts.items():
-        (root / folder).mkdir(parents=True, exist_ok=True)
-        for index in range(number):
-            image = Image.fromarray(noise(size[1], size[0], 3, seed=len(images))).convert(mode)
-            image.save(root / folder / f"{index}.{form}")
-            images[f"{folder}/{index}.{form}"] = image
-    return images
 
 
 def pixels(image, in_chans):
@@ -226,10 +183,8 @@ def test_images_in_memory_are_decoded_once_and_others_once_more_than_used(
     limit, workers, decoded, tmp_path, monkeypatch
 ):
     write_images(tmp_path, {"train/a": 4, "train/b": 4})
-    decode, calls = zoo.data.image_files.decode, []
-    monkeypatch.setattr(
-        zoo.data.image_files, "decode", lambda file, transform: calls.append(file) or decode(file, transform)
-    )
+    read, calls = ImageTransform.read, []
+    monkeypatch.setattr(ImageTransform, "read", lambda transform, file: calls.append(file) or read(transform, file))
     data = image_folder(tmp_path, batch_size=2, num_workers=2, memory_limit_mb=limit)
     data.setup("fit")
     data.setup("test")
@@ -722,14 +677,14 @@ def test_preflight_opens_each_file_once_and_lists_all_that_is_wrong(tmp_path, mo
     root = tmp_path / "photos"
     write_images(root, {"train/a": 3, "train/b": 20, "val/a": 1, "val/b": 2})
     write_bad_images(root / "train/b")
-    opened, decode = [], zoo.data.image_files.decode
+    opened, read = [], ImageTransform.read
     monkeypatch.setattr(
-        zoo.data.image_files, "decode", lambda file, transform: opened.append(file.name) or decode(file, transform)
+        ImageTransform, "read", lambda transform, file: opened.append(file.name) or read(transform, file)
     )
     monkeypatch.setattr("sys.argv", ["zoo", "preflight", str(root)])
     for again in range(3):
         with pytest.raises(SystemExit) as stop:
-            zoo.__main__.main()
+            main()
         printed = capsys.readouterr().out
         assert stop.value.code == 1 and all(
             re.search(rf"{root}/train/b/{name}: .*{reason}", printed) for name, (reason, _) in BAD.items()
@@ -756,7 +711,7 @@ def test_preflight_of_a_sound_folder_ends_well(tmp_path, monkeypatch, capsys):
     write_images(tmp_path, TWO)
     monkeypatch.setattr("sys.argv", ["zoo", "preflight", str(tmp_path), "--grey"])
     with pytest.raises(SystemExit) as stop:
-        zoo.__main__.main()
+        main()
     assert stop.value.code == 0 and "png" not in capsys.readouterr().out
 
 
@@ -801,12 +756,10 @@ def test_unusual_image_files_look_as_they_should(tmp_path):
     write["turned by EXIF"][1]["exif"][0x112] = 6  # turn clockwise to see it upright
     for name, (image, options) in write.items():
         image.save(tmp_path / f"{name}.png", **options)
-        assert torch.equal(
-            zoo.data.image_files.decode(tmp_path / f"{name}.png", ImageTransform(1, 8))[0], torch.from_numpy(grey)
-        ), name
+        assert torch.equal(ImageTransform(1, 8).read(tmp_path / f"{name}.png")[0], torch.from_numpy(grey)), name
     for values in (grey.astype(numpy.float32), grey.astype(numpy.int32)):
         Image.fromarray(values).save(tmp_path / "no range.tiff")
         with pytest.raises(
             ValueError, match="no range.tiff is no readable image .*no stated range; save it with 8 or 16"
         ):
-            zoo.data.image_files.decode(tmp_path / "no range.tiff", ImageTransform(1, 8))
+            ImageTransform(1, 8).read(tmp_path / "no range.tiff")

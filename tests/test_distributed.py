@@ -16,7 +16,7 @@ import yaml
 from PIL import Image
 
 import zoo
-from zoo.runs.record import read_lightning_checkpoint
+from zoo.resuming.record import read_lightning_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 BATCHES = 5
@@ -153,7 +153,8 @@ import time
 
 import lightning as L
 
-from zoo.training.cli import readable_errors, run
+from zoo.commands.console import readable_errors
+from zoo.training.cli import run
 
 
 class Wait(L.Callback):

@@ -1,6 +1,8 @@
 """What earlier versions wrote goes on: runs, to the bit, and the class paths that recipes and checkpoints name."""
 
+import dataclasses
 import importlib
+import json
 import os
 import shutil
 import signal
@@ -8,8 +10,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import lightning as L
 import pytest
 import torch
+from lightning.pytorch.cli import LightningArgumentParser
+from PIL import Image
+
+from zoo.data import DATA, ImageData
+from zoo.resuming.record import record_of
+from zoo.training import ckpt_path
+from zoo.training.ckpt_path import checkpoint_settings, hash_of
 
 ROOT = Path(__file__).resolve().parent.parent
 # A run of version 0.1, stopped by SIGTERM in its second epoch, after this step.
@@ -63,3 +73,39 @@ def test_a_run_of_an_earlier_version_goes_on_by_the_same_command_to_the_bit(tmp_
 def test_class_paths_that_recipes_name_stay(path):
     module, _, name = path.rpartition(".")
     assert isinstance(getattr(importlib.import_module(module), name), type)
+
+
+@pytest.mark.parametrize("name", DATA)
+def test_data_sets_are_recorded_by_the_class_paths_that_they_had(name, tmp_path, monkeypatch):
+    """In the options that a checkpoint stands for, and in the settings of which a run has the hash."""
+    arguments = {"root": str(write_images(tmp_path))} if name == "ImageFolder" else {}
+    record = dataclasses.replace(record_of(EARLIER), data={"name": name, "arguments": arguments})
+    monkeypatch.setattr(ckpt_path, "record_of", lambda path: record)
+    options = checkpoint_settings(str(EARLIER), predicting=False)
+    assert json.loads(options[options.index("--data") + 1])["class_path"] == f"zoo.data.{name}"
+    for given in (name, f"zoo.data.{name}"):
+        root = f" --data.root {arguments['root']}" if arguments else ""
+        assert settings_of_command(f"--data {given}{root}").data.class_path == f"zoo.data.{name}"
+
+
+def test_callbacks_have_the_hash_that_they_had():
+    given = ("WeightProjection", "zoo.callbacks.WeightProjection", "zoo.training.callbacks.WeightProjection")
+    hashes = {hash_of(settings_of_command(f"--trainer.callbacks {path}")) for path in given}
+    assert len(hashes) == 1 and hashes != {hash_of(settings_of_command("--trainer.callbacks WeightedGradients"))}
+
+
+def write_images(folder):
+    for name in ("a", "b"):
+        (folder / "train" / name).mkdir(parents=True, exist_ok=True)
+        Image.new("L", (8, 8)).save(folder / "train" / name / "0.png")
+    return folder
+
+
+def settings_of_command(options):
+    """Return the settings of ``train.py fit`` with these options, as they are hashed, without running it."""
+    parser = LightningArgumentParser(exit_on_error=False)
+    parser.add_lightning_class_args(ImageData, "data", subclass_mode=True, required=False)
+    parser.add_lightning_class_args(L.Trainer, "trainer")
+    parser.add_argument("--checkpoint.dirpath", default=None)
+    parser.set_defaults({"data": {"class_path": "zoo.data.Digits"}})
+    return parser.parse_args(options.split())

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import zoo
-from zoo.checkpoints.hub import CONFIG, WEIGHTS
+from zoo.hub.repository import CONFIG, WEIGHTS
 
 # 5,000 mutations in all; hypothesis shrinks what fails to the smallest that does.
 EXAMPLES = 1250

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import zoo
-from zoo.models.building import ARCHITECTURES
+from zoo.architectures import ARCHITECTURES
 
 ROOT = Path(__file__).resolve().parent.parent
 # torch.hub finds a repository that it has fetched before under this name, and then asks no network.

@@ -5,13 +5,10 @@ The real client of the Hub talks to ``tests.hub_server`` over loopback.
 
 import hashlib
 import json
-import os
 import pickle
 import re
 import signal
 import struct
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -23,50 +20,12 @@ import safetensors.torch
 import torch
 
 import zoo
-from tests.hub_server import Fault, Handler, Server, drip, serving, silence, status
-from zoo.checkpoints import hub
-from zoo.checkpoints.hub import CARD, CONFIG, FILES, WEIGHTS
-from zoo.checkpoints.loading import PRETRAINED
-
-ROOT = Path(__file__).resolve().parent.parent
-# Seconds, in place of those of zoo.checkpoints.hub.
-PATIENCE = 3
-NAME = "digits_cnn6_tanh_cosine"
-REPOSITORY = f"me/{NAME}"
-IMAGES = torch.rand(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-EXPECTED = zoo.load(NAME)(IMAGES)
-CONTENT = {file: (PRETRAINED / NAME / file).read_bytes() for file in FILES}
-
-
-@pytest.fixture
-def server(tmp_path, monkeypatch):
-    """A Hub with one repository, the client's cache empty, and little patience."""
-    with serving(tmp_path / "hub") as server:
-        for name, value in {
-            "ENDPOINT": server.url,
-            "HUGGINGFACE_CO_URL_TEMPLATE": server.url + "/{repo_id}/resolve/{revision}/{filename}",
-            "HF_HUB_CACHE": str(tmp_path / "cache"),
-            "HF_HUB_OFFLINE": False,
-            "HF_HUB_DISABLE_XET": True,
-        }.items():
-            monkeypatch.setattr(huggingface_hub.constants, name, value)
-        for name in ("SECONDS_TO_ANSWER", "SECONDS_A_PIECE"):
-            monkeypatch.setattr(hub, name, PATIENCE)
-        monkeypatch.setattr(hub, "LONGEST_WAIT", 1)
-        monkeypatch.setenv("HF_TOKEN", "hf_anything")
-        put(server, CONTENT)
-        yield server
-
-
-def put(server: Server, files: dict[str, bytes], repository: str = REPOSITORY) -> str:
-    """Commit files, as they are, to the Hub's repository."""
-    server.hub.create(repository, private=False)
-    stored = dict.fromkeys(FILES)
-    for path, data in files.items():
-        stored[path] = server.hub.store(data)
-        if path == WEIGHTS:
-            stored[path]["git"] = None
-    return server.hub.commit(repository, "main", stored, "as told")
+from tests.hub_checkpoint import EXPECTED, IMAGES, LOAD, TOTAL
+from tests.hub_fixture import CONTENT, NAME, PATIENCE, REPOSITORY, ROOT, hang_up, put, run
+from tests.hub_server import Fault, Handler, drip, serving, silence, status
+from zoo.checkpoints.catalogue import PRETRAINED
+from zoo.hub import fetching as hub
+from zoo.hub.repository import CARD, CONFIG, FILES, WEIGHTS
 
 
 def loads(**settings) -> None:
@@ -112,10 +71,6 @@ def page(handler: Handler) -> None:
     handler.answer(200, b"<html>")
 
 
-def hang_up(handler: Handler) -> None:
-    handler.close_connection = True
-
-
 ONCE = {
     "truncated body": (body(lambda data: data[: len(data) // 2]), "GET", WEIGHTS),
     "truncated config": (body(lambda data: data[: len(data) // 2]), "GET", CONFIG),
@@ -141,6 +96,7 @@ def test_what_goes_wrong_once_is_overcome(server, fault):
 
 
 REFUSED = r"misspelt; or it is private, .* \(hf auth login\); or it is gated, and you have to ask"
+
 ALWAYS = {
     "truncated body": (body(lambda data: data[: len(data) // 2]), "GET", WEIGHTS, "model.safetensors of me/"),
     "bits flipped in transit": (body(flipped), "GET", WEIGHTS, "has sha256 .*: it is damaged"),
@@ -300,7 +256,9 @@ def header(text: str, claimed: int | None = None) -> bytes:
 
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:%s\nsize 1\n" % (b"0" * 64)
+
 TAMPERED = tensors(lambda state: state["fc.bias"].add_(1))
+
 WRONG = {
     "weights tampered with": (
         {**CONTENT, WEIGHTS: TAMPERED},
@@ -452,29 +410,6 @@ def test_a_cache_that_cannot_be_written_is_told(server, monkeypatch):
     refuses("cannot be written into the Hub's cache, /proc/cache .*; HF_HOME moves it")
 
 
-def run(code: str, server: Server, cache: Path) -> subprocess.Popen:
-    """Run Python in a process of its own, with the client told by the environment where the Hub is."""
-    return run_words([sys.executable, "-c", code], server, cache)
-
-
-def run_words(words: list[str], server: Server, cache: Path) -> subprocess.Popen:
-    environment = {
-        **os.environ,
-        "HF_ENDPOINT": server.url,
-        "HF_HUB_CACHE": str(cache),
-        "HF_HUB_OFFLINE": "0",
-        "HF_HUB_DISABLE_XET": "1",
-        "HF_TOKEN": "hf_anything",
-        "OMP_NUM_THREADS": "1",
-    }
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen(words, env=environment, cwd=ROOT, **pipes)
-
-
-LOAD = f"import torch, zoo; print(zoo.load({REPOSITORY!r})(torch.ones(1, 1, 8, 8)).sum().item())"
-TOTAL = zoo.load(NAME)(torch.ones(1, 1, 8, 8)).sum().item()
-
-
 def test_a_process_killed_in_mid_download_leaves_nothing_that_is_believed(server, tmp_path):
     asked = threading.Event()
 
@@ -520,7 +455,7 @@ def test_a_cache_that_has_everything_serves_where_nothing_can_be_written(server,
 
 def test_no_loading_path_runs_code_from_a_checkpoint():
     runs_code = r"pickle|(?<!safetensors\.)torch\.load\b|trust_remote_code|(?<!\.)\b(eval|exec)\(|load_state_dict_from"
-    wings = [ROOT / "zoo" / wing for wing in ("architectures", "checkpoints", "models")]
+    wings = [ROOT / "zoo" / wing for wing in ("architectures", "checkpoints", "hub", "models")]
     files = [*(ROOT / "zoo").glob("*.py"), *(file for wing in wings for file in wing.glob("*.py"))]
     assert len(files) > 15
     for file in files:

@@ -11,74 +11,27 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# A file may import only from files of a lower rank.
-RANKS = {
-    "zoo/data/__init__.py": 10,
-    "zoo/callbacks.py": 11,
-    "zoo/training/__init__.py": 0,
-    "zoo/robustness/__init__.py": 0,
-    "zoo/experiments/__init__.py": 0,
-    "zoo/runs/__init__.py": 0,
-    "zoo/checkpoints/__init__.py": 0,
-    "zoo/models/__init__.py": 0,
-    "operators/lookup.py": 0,
-    "operators/running_norm.py": 0,
-    "operators/magnitude.py": 1,
-    "operators/angular.py": 1,
-    "operators/fused.py": 1,
-    "operators/functional.py": 2,
-    "operators/conv.py": 3,
-    "operators/timm_conv.py": 3.1,
-    "operators/convert.py": 4,
-    "operators/calibration.py": 4,
-    "operators/fold.py": 4,
-    "operators/__init__.py": 5,
-    "zoo/architectures/network.py": 6,
-    "zoo/architectures/cnn.py": 6.1,
-    "zoo/architectures/resnet.py": 6.1,
-    "zoo/architectures/__init__.py": 6.2,
-    "zoo/models/transform.py": 6,
-    "zoo/models/building.py": 7,
-    "zoo/checkpoints/card.py": 7,
-    "zoo/errors.py": 7,
-    "zoo/checkpoints/hub.py": 7.1,
-    "zoo/checkpoints/weights.py": 7.1,
-    "zoo/checkpoints/loading.py": 8,
-    "zoo/checkpoints/starting_points.py": 8.5,
-    "zoo/checkpoints/timm_entry_points.py": 8.5,
-    "zoo/__init__.py": 9,
-    "zoo/randomness.py": 6,
-    "zoo/data/augmentation.py": 6.1,
-    "zoo/data/loaders.py": 6.1,
-    "zoo/data/image_files.py": 9.5,
-    "zoo/data/preflight.py": 9.6,
-    "zoo/data/module.py": 9.9,
-    "zoo/training/callbacks.py": 10,
-    "zoo/runs/last_checkpoint.py": 10,
-    "zoo/runs/record.py": 10.05,
-    "zoo/training/sharding.py": 10,
-    "zoo/provenance.py": 6,
-    "zoo/training/finite.py": 10,
-    "zoo/experiments/pictures.py": 10,
-    "zoo/robustness/attacks.py": 6,
-    "zoo/robustness/smoothness.py": 7.1,
-    "zoo/training/adversarial.py": 10,
-    "zoo/robustness/probes.py": 6.1,
-    "zoo/robustness/evaluation.py": 10.2,
-    "zoo/robustness/masking.py": 10.3,
-    "zoo/robustness/report.py": 10.45,
-    "zoo/training/classifier.py": 10.1,
-    "zoo/training/cli.py": 10.2,
-    "zoo/training/export.py": 10.2,
-    "zoo/checkpoints/publishing.py": 10,
-    "zoo/experiments/recipes.py": 10.3,
-    "zoo/experiments/measures.py": 10,
-    "zoo/experiments/tables.py": 10.4,
-    "zoo/experiments/pages.py": 10.5,
-    "zoo/__main__.py": 10.6,
-    "train.py": 11,
-    "hubconf.py": 11,
+# From the ground up: a wing, whether a folder or some files, imports only from those before it.
+WINGS = {
+    "operators": ("operators",),
+    "ground floor": tuple(
+        f"zoo/{name}.py"
+        for name in ("errors", "figures", "files", "markdown", "provenance", "randomness", "statistics")
+    ),
+    "architectures": ("zoo/architectures",),
+    "models": ("zoo/models",),
+    "hub": ("zoo/hub",),
+    "checkpoints": ("zoo/checkpoints",),
+    "public names": ("zoo/__init__.py",),
+    "resuming": ("zoo/resuming",),
+    "data": ("zoo/data",),
+    "robustness": ("zoo/robustness",),
+    "training": ("zoo/training",),
+    "recipes": ("zoo/recipes",),
+    "commands": ("zoo/commands",),
+    "doors": ("zoo/__main__.py", "zoo/callbacks.py", "train.py", "hubconf.py"),
 }
+FLOORS = {place: floor for floor, places in enumerate(WINGS.values()) for place in places}
 SOURCES = sorted(
     str(path.relative_to(ROOT))
     for path in [*ROOT.glob("operators/**/*.py"), *ROOT.glob("zoo/**/*.py"), ROOT / "train.py", ROOT / "hubconf.py"]
@@ -105,14 +58,26 @@ def path_of(module: str) -> str | None:
     return next((path for path in (f"{base}.py", f"{base}/__init__.py") if (ROOT / path).is_file()), None)
 
 
-def test_every_file_has_a_rank():
-    assert SOURCES == sorted(RANKS)
+def floor_of(source: str) -> int | None:
+    return FLOORS.get(source, FLOORS.get(source.rpartition("/")[0]))
+
+
+def test_every_file_is_in_a_wing():
+    assert [source for source in SOURCES if floor_of(source) is None] == []
+    assert [place for place in FLOORS if not (ROOT / place).exists()] == []
 
 
 @pytest.mark.parametrize("source", SOURCES)
 def test_imports_run_downward(source):
-    wrong = {path for path in imported_files(source) if RANKS[path] >= RANKS[source]}
+    wrong = {path for path in imported_files(source) if floor_of(path) > floor_of(source)}
     assert not wrong, f"{source} imports {wrong}"
+
+
+def test_no_imports_run_in_a_circle():
+    imports = {source: imported_files(source) for source in SOURCES}
+    while free := {source for source, needed in imports.items() if not needed}:
+        imports = {source: needed - free for source, needed in imports.items() if source not in free}
+    assert imports == {}
 
 
 def run(code: str) -> str:
@@ -163,3 +128,27 @@ def test_every_test_that_a_page_names_exists(page):
     assert len(named) > 15
     for letter, test in named:
         assert f"\ndef {test}(" in (ROOT / files[letter]).read_text(encoding="utf-8"), (letter, test)
+
+
+# One idea each: the fused kernels, and the fit of a whole network.
+LONG_FILES = ("operators/fused.py", "operators/calibration.py")
+MOST_LINES, MOST_LINES_OF_A_FUNCTION = 400, 60
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_rooms_are_small(source):
+    text = (ROOT / source).read_text(encoding="utf-8")
+    assert source in LONG_FILES or text.count("\n") <= MOST_LINES
+    functions = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef)]
+    long = [node.name for node in functions if node.end_lineno - node.lineno >= MOST_LINES_OF_A_FUNCTION]
+    assert long == []
+
+
+def test_the_version_is_told_without_an_installation():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    assert project["tool"]["hatch"]["version"]["path"] == "zoo/__init__.py"
+    assert re.fullmatch(r"\d+\.\d+\.\d+\n", run("import zoo; print(zoo.__version__)"))
+
+
+def test_packages_are_typed():
+    assert all((ROOT / package / "py.typed").is_file() for package in ("operators", "zoo"))

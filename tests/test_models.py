@@ -12,8 +12,10 @@ from torch import nn
 
 import zoo
 from operators import DecoupledConv2d, OperatorConfig
+from zoo.architectures import ARCHITECTURES
 from zoo.architectures.cnn import CNN
-from zoo.models.building import ARCHITECTURES, ModelSpec
+from zoo.models.building import build_from
+from zoo.models.spec import ModelSpec
 
 # Parameters counted by hand from the architecture's description, with 3 channels and 10 (1000) classes.
 PARAMETERS = {
@@ -143,7 +145,7 @@ def test_build_converts_the_architecture(name):
     assert any(isinstance(module, DecoupledConv2d) for module in model.modules())
     assert model.training and len(model.class_names) == 4
     assert ModelSpec.from_dict(model.spec.to_dict()) == model.spec
-    rebuilt = model.spec.build()
+    rebuilt = build_from(model.spec)
     rebuilt.load_state_dict(model.state_dict())
 
 
@@ -286,7 +288,7 @@ def test_transform_takes_pil_images_only(what):
 def test_a_network_of_fixed_size_is_built_for_the_images(name):
     model = zoo.build(name, "conv", input_size=64, in_chans=1).eval()
     assert model(torch.rand(2, 1, 64, 64)).shape == (2, 10) and model.spec.input_size == 64
-    model.spec.build().load_state_dict(model.state_dict())
+    build_from(model.spec).load_state_dict(model.state_dict())
     assert zoo.build(name).spec.input_size == 224
 
 
@@ -333,3 +335,69 @@ def test_a_model_survives_copying_and_pickling():
     images = torch.rand(2, 1, 8, 8)
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(twin(images), model(images)) and twin.spec == model.spec
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """Two images of other sizes and modes than the network's, as files."""
+    noise = numpy.random.default_rng(0)
+    images = [Image.fromarray(noise.integers(0, 256, shape, dtype="uint8")) for shape in ((20, 12), (9, 9, 3))]
+    files = [tmp_path / f"{place}.png" for place in range(2)]
+    for image, file in zip(images, files, strict=True):
+        image.save(file)
+    return images, files
+
+
+def test_classify_names_the_classes_of_images_files_and_tensors_alike(photos):
+    images, files = photos
+    model = zoo.load("digits_cnn6_tanh_cosine")
+    batch = torch.stack([model.transform(image) for image in images])
+    with torch.inference_mode():
+        probabilities = model(batch).softmax(1)
+    expected = [
+        sorted(zip(model.class_names, row, strict=True), key=lambda pair: -pair[1]) for row in probabilities.tolist()
+    ]
+    for given in (images, files, [*map(str, files)], tuple(batch), [images[0], files[1]], batch, iter(files)):
+        found = model.classify(given, top=10)
+        assert [[name for name, _ in row] for row in found] == [[name for name, _ in row] for row in expected]
+        assert torch.tensor([[value for _, value in row] for row in found]).allclose(
+            torch.tensor([[value for _, value in row] for row in expected]), atol=1e-6
+        )
+    for one in (images[0], files[0], str(files[0]), batch[0]):
+        found = model.classify(one)
+        assert len(found) == 5 and [name for name, _ in found] == [name for name, _ in expected[0][:5]]
+    assert model.classify(images[0], top=1) == model.classify(images)[0][:1]
+    assert len(model.classify(images[0], top=99)) == 10 and model.classify([]) == []
+
+
+def test_classify_leaves_the_model_as_it_was(photos):
+    model = zoo.build("cnn6", "tanh_cosine", in_chans=1, input_size=8)
+    # A normalisation may rest while the others train.
+    next(module for module in model.modules() if isinstance(module, nn.BatchNorm2d)).eval()
+    before, modes = copy.deepcopy(model.state_dict()), [module.training for module in model.modules()]
+    first = model.classify(photos[0])
+    assert first == model.classify(photos[0]) and len(set(modes)) == 2
+    assert [module.training for module in model.modules()] == modes
+    assert all(value.equal(before[name]) for name, value in model.state_dict().items())
+    assert model.half().classify(photos[0][0], top=1)[0][0] == first[0][0][0]
+
+
+def test_classify_refuses_what_is_no_image(tmp_path):
+    model = zoo.load("digits_cnn6_conv")
+    (tmp_path / "notes.png").write_text("no image")
+    for given, error, message in [
+        (tmp_path / "nowhere.png", ValueError, "nowhere.png is no readable image .*No such file"),
+        (tmp_path / "notes.png", ValueError, "notes.png is no readable image .no image of a known kind"),
+        (3, TypeError, "expected a PIL image, got int"),
+        ([b"bytes"], TypeError, "expected a PIL image, got bytes"),
+        (numpy.zeros((8, 8), dtype="uint8"), TypeError, "got ndarray; Image.open.file. reads one, Image.fromarray"),
+        (torch.zeros(1, 8, 8, dtype=torch.uint8), TypeError, "use image.float.. / 255"),
+        (torch.zeros(8, 8), ValueError, "must have shape .N, 1, H, W."),
+        (torch.zeros(3, 8, 8), ValueError, "must have shape .N, 1, H, W."),
+        (torch.full((1, 8, 8), 200.0), ValueError, "divide bytes by 255"),
+    ]:
+        with pytest.raises(error, match=message):
+            model.classify(given)
+    for top in (0, 2.0, True):
+        with pytest.raises(ValueError, match=f"top is a number of classes, at least 1, got {top}"):
+            model.classify(torch.zeros(1, 8, 8), top=top)

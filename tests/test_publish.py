@@ -15,30 +15,15 @@ from huggingface_hub import ModelCard
 import zoo
 from benchmarks import loading
 from operators import DecoupledConv2d
+from tests.hub_checkpoint import EXPECTED, IMAGES, LOAD, TOTAL
+from tests.hub_fixture import CONTENT, NAME, REPOSITORY, ROOT, hang_up, put, run, run_words
 from tests.hub_server import Fault, silence, status
-from tests.test_hub_faults import (
-    CONTENT,
-    EXPECTED,
-    IMAGES,
-    LOAD,
-    NAME,
-    REPOSITORY,
-    ROOT,
-    TOTAL,
-    hang_up,
-    put,
-    run,
-    run_words,
-    server,
-)
 from tests.test_readme import BASH
-from zoo import __main__ as command_line
-from zoo.checkpoints.hub import CARD, CONFIG, FILES, WEIGHTS
-from zoo.checkpoints.loading import PRETRAINED
+from zoo.checkpoints.catalogue import PRETRAINED
 from zoo.checkpoints.publishing import missing, publish
-from zoo.experiments.pages import filled
-
-__all__ = ["server"]
+from zoo.commands import console as command_line
+from zoo.hub.repository import CARD, CONFIG, FILES, WEIGHTS
+from zoo.markdown import filled
 
 # The client uploads files in a way that its own HTTP library deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
@@ -50,7 +35,7 @@ def test_what_is_published_is_loaded_by_everyone_with_the_same_logits(server, mo
     held = server.hub.files("me/new", commit)
     assert {file: server.hub.blob(held[file]["sha256"]).read_bytes() for file in FILES} == CONTENT
     assert torch.equal(zoo.load("me/new", revision=commit)(IMAGES), EXPECTED)
-    monkeypatch.setattr("zoo.checkpoints.loading.PUBLISHED", tmp_path / "published.json")
+    monkeypatch.setattr("zoo.checkpoints.catalogue.PUBLISHED", tmp_path / "published.json")
     (tmp_path / "published.json").write_text(json.dumps({"my_net": {"repository": "me/new", "commit": commit}}))
     assert torch.equal(zoo.load("my_net")(IMAGES), EXPECTED)
     spec = zoo.load(NAME).spec

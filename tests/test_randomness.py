@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from zoo.data.augmentation import AUGMENTS, augment_batch
-from zoo.data.loaders import Loader, MemoryImages, Share, TrainingLoader
+from zoo.data.image_sets import MemoryImages
+from zoo.data.loaders import DistributedBatchSampler, Loader, TrainingLoader
 from zoo.randomness import generator_of, key_of, uniform
 
 
@@ -66,7 +67,7 @@ def make_loader(count, batch_size, *, kind=TrainingLoader, images=MemoryImages, 
     """Return a loader of images that hold their own numbers."""
     numbers = torch.arange(count)
     settings = {"shuffle": kind is TrainingLoader, "drop_last": False, "processes": 1, "rank": 0, "seed": 0} | settings
-    share = Share(count, batch_size, **settings)
+    share = DistributedBatchSampler(count, batch_size, **settings)
     return kind(images(numbers.to(torch.uint8).view(-1, 1, 1, 1), numbers), share, workers=workers)
 
 

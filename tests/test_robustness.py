@@ -12,16 +12,21 @@ from torch import nn
 
 import zoo
 from benchmarks import smoothness as benchmark
-from zoo import __main__ as command_line
-from zoo.checkpoints.loading import PRETRAINED
+from zoo.checkpoints.catalogue import PRETRAINED
+from zoo.checkpoints.config import read_config
+from zoo.commands import console as command_line
 from zoo.data import Digits
-from zoo.experiments import pages as reports
+from zoo.recipes import pages as reports
 from zoo.robustness import probes
+from zoo.robustness.assessment import assess
 from zoo.robustness.attacks import fgsm, is_right, margin, noise, pgd
-from zoo.robustness.evaluation import CURVE_EPS, Ledger, Result, Step, chosen_steps, companions_of, evaluate, protocol
+from zoo.robustness.evaluation import companions_of, evaluate
+from zoo.robustness.ledger import Ledger
 from zoo.robustness.masking import checks, suspected
-from zoo.robustness.probes import ATTACKS, EFFORTS, PROBES, Subject
+from zoo.robustness.probes import ATTACKS, EFFORTS, PROBES, ModelUnderAttack
+from zoo.robustness.protocol import CURVE_EPS, Step, chosen_steps, protocol
 from zoo.robustness.report import attack_table, check_table, effort_table, headline, paired_table, ratio_to_twin, report
+from zoo.robustness.result import Result
 from zoo.robustness.smoothness import by_layer, smoothness
 from zoo.training.adversarial import AdversarialTraining, OverfittingAlarm
 
@@ -106,7 +111,7 @@ def test_pgd_finds_exactly_the_images_that_can_be_moved_over_the_plane(linear, l
 def test_the_nearest_mistakes_of_a_linear_model_are_found(linear, attack, most):
     model, images, labels, side = linear
     true = side / model.weight.norm()
-    found = PROBES[attack](Subject(model), images, labels, 0.0, 0)
+    found = PROBES[attack](ModelUnderAttack(model), images, labels, 0.0, 0)
     assert found.isfinite().all()
     ratio = found / true
     assert ratio.min() >= 0.999 and ratio.median() <= most
@@ -129,23 +134,23 @@ def test_a_planted_mistake_is_found(attack):
     images = own + 0.01 * (2 * torch.rand(40, 1, 4, 4, generator=generator) - 1)
     labels = torch.zeros(40, dtype=torch.long)
     assert is_right(Nearest(), images, labels).all()
-    assert PROBES[attack](Subject(Nearest()), images, labels, 0.09, 0).mean() <= 0.05
+    assert PROBES[attack](ModelUnderAttack(Nearest()), images, labels, 0.09, 0).mean() <= 0.05
     points = points[[0, 2, 3]]
-    assert PROBES[attack](Subject(Nearest()), images, labels, 0.09, 0).mean() == 1
+    assert PROBES[attack](ModelUnderAttack(Nearest()), images, labels, 0.09, 0).mean() == 1
 
 
 def measured(model, attacks, eps=EPS, others=None):
     images = images_around_grey(60)
     labels = model(images).argmax(1)
-    subject = Subject(model, others or {})
+    attacked = ModelUnderAttack(model, others or {})
     names = ["gradient_norm", "cross_entropy_gradient", "batch_dependence", *attacks]
     values = {Step(name, eps if name in ATTACKS else None).key: None for name in names}
     for name, key in zip(names, values, strict=True):
-        values[key] = PROBES[name](subject, images, labels, eps, 0)
+        values[key] = PROBES[name](attacked, images, labels, eps, 0)
     for level in CURVE_EPS:
-        values[Step("curve", level).key] = PROBES["curve"](subject, images, labels, level, 0)
+        values[Step("curve", level).key] = PROBES["curve"](attacked, images, labels, level, 0)
     about = {"checkpoint": "planes", "eps": eps, "images": 60, "in_chans": 1, "adversarial": None, "data": "grey"}
-    return Result(about, values, subject.flags)
+    return Result(about, values, attacked.flags)
 
 
 def test_masked_gradients_are_suspected_and_an_honest_network_is_not():
@@ -336,6 +341,30 @@ def test_noise_is_reproducible_and_bounded():
     assert (first - images).abs().max() <= EPS + 1e-6
 
 
+def test_the_whole_run_is_one_call_that_loads_the_network_once(tmp_path, monkeypatch):
+    folder = shutil.copytree(PRETRAINED / NAME, tmp_path / NAME)
+    loaded, load = [], zoo.load
+    monkeypatch.setattr(zoo, "load", lambda where, **settings: loaded.append(str(where)) or load(where, **settings))
+    settings = {"attacks": ["fgsm"], "limit": 10, "transfer": [], "folder": tmp_path / "out"}
+    found = assess(folder, **settings)
+    assert loaded == [str(folder)]
+    assert found.result.accuracy("fgsm") is not None and found.report.startswith(f"# How robust is {NAME}?")
+    assert {file.name for file in found.files} == {f"{NAME}{end}" for end in (".json", ".md", "_images.png")}
+    assert all(file.stat().st_size for file in found.files)
+    with pytest.raises(ValueError, match="not recorded, for .* was not measured; leave out --attack"):
+        assess(folder, record=True, **settings)
+    assert (folder / "config.json").read_bytes() == (PRETRAINED / NAME / "config.json").read_bytes()
+    with pytest.raises(ValueError, match="me/net is a Hub repository"):
+        assess("me/net", record=True, **settings)
+    # With everything that is recorded, and what was found shown first.
+    monkeypatch.setattr(Result, "unmeasured", lambda self: [])
+    shown = []
+    assess(folder, record=True, show=lambda found: shown.append((found.report, read_config(folder))), **settings)
+    report, before = shown[0]
+    assert report.startswith(f"# How robust is {NAME}?") and before["robustness"] != read_config(folder)["robustness"]
+    assert read_config(folder)["robustness"]["images"] == 10
+
+
 def test_the_command_measures_shows_and_records(tmp_path, monkeypatch, capsys):
     folder = shutil.copytree(PRETRAINED / NAME, tmp_path / NAME)
     words = [folder, "--limit", "10", "--effort-limit", "5", "--eps", "64/255", "--to", tmp_path / "out", "--record"]
@@ -437,8 +466,8 @@ def test_auto_attack_takes_networks_of_few_classes(classes):
     model = nn.Sequential(nn.Flatten(), nn.Linear(16, classes)).eval()
     images = torch.rand(6, 1, 4, 4, generator=torch.Generator().manual_seed(0))
     labels = model(images).argmax(1)
-    assert PROBES["autoattack"](Subject(model), images, labels, 1e-4, 0).mean() == 1
-    assert PROBES["autoattack"](Subject(model), images, labels, 0.9, 0).mean() < 1
+    assert PROBES["autoattack"](ModelUnderAttack(model), images, labels, 1e-4, 0).mean() == 1
+    assert PROBES["autoattack"](ModelUnderAttack(model), images, labels, 0.9, 0).mean() < 1
 
 
 def test_the_smoothness_of_a_linear_map_is_its_largest_singular_value():
@@ -528,7 +557,7 @@ def test_two_networks_are_compared_image_by_image():
 
 
 def test_l2_attacks_are_run_on_images_of_all_places(tmp_path, monkeypatch):
-    monkeypatch.setitem(PROBES, "deepfool", lambda subject, images, labels, eps, seed: labels.float())
+    monkeypatch.setitem(PROBES, "deepfool", lambda attacked, images, labels, eps, seed: labels.float())
     labels = Digits().evenly_spaced("test", 8)[1]
     for count, places in ((4, [1, 3, 5, 7]), (2, [2, 6])):
         settings = {"limit": 8, "effort_limit": count, "work": tmp_path}

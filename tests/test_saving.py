@@ -19,8 +19,10 @@ import torch
 from PIL import Image
 
 from zoo.data import Digits, ImageFolder
-from zoo.runs.last_checkpoint import SEAL_LENGTH, LastCheckpoint, SafeCheckpointIO, damage_of
-from zoo.runs.record import read_lightning_checkpoint, usable_checkpoint
+from zoo.resuming.files import SEAL_LENGTH, SafeCheckpointIO, damage_of
+from zoo.resuming.folder import usable_checkpoint
+from zoo.resuming.last_checkpoint import LastCheckpoint
+from zoo.resuming.record import read_lightning_checkpoint
 from zoo.training.adversarial import AdversarialTraining
 from zoo.training.classifier import Classifier
 

@@ -12,11 +12,12 @@ import torch
 
 import zoo
 from operators import OperatorConfig, calibrate
-from tests.test_cli import fit, make_photos, run  # noqa: F401  a fixture
-from zoo import __main__ as command_line
-from zoo.checkpoints.loading import CheckpointError
-from zoo.checkpoints.starting_points import convert, licence_of, shape_of, start_from
+from tests.command_line import fit, make_photos
+from zoo.checkpoints.starting_points import licence_of, shape_of, start_from
+from zoo.commands import console as command_line
 from zoo.data import Digits
+from zoo.errors import CheckpointError
+from zoo.models.conversion import convert
 
 NAME = "test_resnet"
 
@@ -141,10 +142,10 @@ def test_a_checkpoint_starts_at_another_size_or_not_at_all():
         start_from("digits_cnn6_conv", input_size=2)
 
 
-def test_conversion_weights_the_filters_unless_told_otherwise():
+def test_a_bare_name_is_weighted_and_anything_else_means_what_it_says():
     for operator, weighting in [
         ("tanh_cosine", "linear"),
-        ({"name": "tanh_cosine", "radius": 2.0}, "linear"),
+        ({"name": "tanh_cosine", "radius": 2.0}, "none"),
         ({"name": "tanh_cosine", "weighting": "tanh"}, "tanh"),
         (OperatorConfig("tanh", "cosine"), "none"),
     ]:

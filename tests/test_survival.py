@@ -15,6 +15,7 @@ import torch.multiprocessing
 from torch import nn
 
 from operators import ANGULARS, MAGNITUDES, RADIUS_MODES, DecoupledConv2d, OperatorConfig, convert_decoupled
+from zoo.models.building import build_from
 
 OPERATORS = [f"{magnitude}_{angular}" for magnitude, angular in itertools.product(MAGNITUDES, ANGULARS)]
 WITH_RADIUS = [name for name, magnitude in MAGNITUDES.items() if magnitude.uses_radius]
@@ -399,7 +400,7 @@ def test_a_model_in_the_middle_of_training_survives_every_kind_of_copy(operator)
     *batches, images = torch.rand(3, 2, 1, 8, 8)
     for batch in batches:
         train_one_step(model, batch)
-    rebuilt = model.spec.build()
+    rebuilt = build_from(model.spec)
     file = io.BytesIO()
     torch.save(model.state_dict(), file)
     file.seek(0)

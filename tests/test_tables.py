@@ -2,6 +2,7 @@
 
 import json
 import math
+import types
 from pathlib import Path
 
 import pytest
@@ -11,15 +12,17 @@ from torch import nn
 
 import zoo
 from operators import OperatorConfig
-from zoo.checkpoints.card import markdown_table
 from zoo.data import Digits
-from zoo.experiments import pages as reports
-from zoo.experiments import tables
-from zoo.experiments.measures import Answers, interval
-from zoo.experiments.recipes import Device, Trained
-from zoo.experiments.tables import list_tables, measured, merged, read_results, read_table, result_path, run_table
-from zoo.models.building import ModelSpec
+from zoo.markdown import markdown_table
+from zoo.models.spec import ModelSpec
+from zoo.recipes import pages as reports
+from zoo.recipes import tables
+from zoo.recipes.measures import ModelOutputs
+from zoo.recipes.recipe import Trained
+from zoo.recipes.tables import list_tables, measured, merged, read_results, read_table, result_path, run_table
 from zoo.robustness.probes import PROBES, shortest
+from zoo.statistics import interval
+from zoo.training.device import Device
 
 CPU = Device("cpu", compile=False)
 PAPER_ROWS = {
@@ -235,7 +238,7 @@ def test_measures_of_known_features():
     features = torch.tensor([[0.0, 0.0], [0.0, 1.0], [0.6, 0.5], [0.8, 0.5]])
     labels = torch.tensor([0, 0, 5, 5])
     batches = [(torch.cat([features, features], 1).view(4, 1, 2, 2), labels)]
-    answers = Answers.collect(model, batches)
+    answers = ModelOutputs.collect(model, batches)
     # The centres are (0, ½) and (0.7, ½), the mean distances to them ½ and 0.1.
     assert answers.spread() == pytest.approx(0.3 / 0.7)
     assert answers.drawn_features() == [[0.0, 0.0, 0], [0.0, 1.0, 0], [0.6, 0.5, 5], [0.8, 0.5, 5]]
@@ -243,7 +246,7 @@ def test_measures_of_known_features():
 
 def test_an_error_counts_the_images_whose_class_is_not_among_the_likeliest():
     logits = torch.arange(7.0).repeat(4, 1)
-    answers = Answers(logits, logits, torch.tensor([6, 5, 2, 1]))
+    answers = ModelOutputs(logits, logits, torch.tensor([6, 5, 2, 1]))
     assert [answers.error(top) for top in (1, 2, 5, 6, 10)] == [75, 50, 25, 0, 0]
     assert answers.top5_error() == answers.error(5)
 
@@ -253,10 +256,10 @@ def test_a_network_has_converged_if_it_is_better_than_half_as_good_again_as_chan
     """Of ten images in five classes, three named rightly are 1.5 times chance."""
     labels = torch.arange(10) % 5
     guesses = torch.where(torch.arange(10) < right, labels, (labels + 1) % 5)
-    answers = Answers(nn.functional.one_hot(guesses).float(), torch.zeros(10, 2), labels)
-    monkeypatch.setattr(Answers, "collect", lambda *_: answers)
+    answers = ModelOutputs(nn.functional.one_hot(guesses).float(), torch.zeros(10, 2), labels)
+    monkeypatch.setattr(ModelOutputs, "collect", lambda *_: answers)
     model = zoo.ImageModel(nn.Identity(), ModelSpec("cnn6", None, tuple("abcde"), 1, 8, (0.0,), (1.0,), {}))
-    record = {"training": {"hardware": "a machine", "torch": "2", "commit": "none"}}
+    record = types.SimpleNamespace(training={"hardware": "a machine", "torch": "2", "commit": "none"})
     monkeypatch.setattr(tables, "trained_model", lambda _: (model, record))
     table = read_table("no_batchnorm")
     trained = Trained(Path("last.ckpt"), True, None, [{"epoch": 1, "seconds": 6.0}], 100, Digits())

@@ -15,14 +15,18 @@ from PIL import Image
 
 import zoo
 from operators import OperatorConfig
-from tests.test_data import write_dataset, write_images
-from zoo.checkpoints.loading import PRETRAINED, read_config
+from tests.image_files import write_dataset, write_images
+from zoo.checkpoints.catalogue import PRETRAINED
+from zoo.checkpoints.config import read_config
 from zoo.data import MNIST
-from zoo.experiments import recipes as training
-from zoo.experiments.recipes import Device, is_finished, recipes, train, train_zoo
-from zoo.runs.record import read_lightning_checkpoint
-from zoo.training.callbacks import StopInTime
+from zoo.recipes import recipe as training
+from zoo.recipes import whole_zoo
+from zoo.recipes.epochs import StopInTime
+from zoo.recipes.recipe import is_finished, recipes, train
+from zoo.recipes.whole_zoo import train_zoo
+from zoo.resuming.record import read_lightning_checkpoint
 from zoo.training.classifier import Classifier
+from zoo.training.device import Device
 from zoo.training.export import LARGEST_IN_FLOAT32
 
 CPU = Device("cpu", compile=False)
@@ -69,7 +73,7 @@ def test_a_recipe_is_named_for_what_it_trains_and_differs_from_its_twin_in_the_o
 @pytest.mark.parametrize("name", NAMES)
 def test_every_recipe_trains_and_gives_a_checkpoint(name, images, tmp_path, monkeypatch):
     monkeypatch.chdir(images)
-    monkeypatch.setattr(training, "WORK", tmp_path / "work")
+    monkeypatch.setattr(whole_zoo, "WORK", tmp_path / "work")
     assert train_zoo(name, device=CPU, epochs=1, to=tmp_path)
     config = read_config(tmp_path / name)
     assert config["training"]["epochs"] == 1 and config["metrics"][-1]["split"] == "test"
@@ -105,14 +109,14 @@ def test_all_checkpoints_of_the_zoo_fit_into_40_mib(images):
 
 def test_the_zoo_goes_on_where_it_stopped_and_leaves_what_is_there(here, capsys, monkeypatch):
     name, work = "digits_cnn6_conv", here / "work"
-    monkeypatch.setattr(training, "WORK", work)
+    monkeypatch.setattr(whole_zoo, "WORK", work)
     monkeypatch.setattr(StopInTime, "on_train_epoch_end", stop)
     assert train_zoo(name, device=CPU, minutes=1, epochs=3, to=here)
     assert "goes on in the next call" in capsys.readouterr().out and not (here / name).exists()
     assert not is_finished(work / name / "3_epochs/last.ckpt")
     monkeypatch.undo()
     monkeypatch.chdir(here)
-    monkeypatch.setattr(training, "WORK", work)
+    monkeypatch.setattr(whole_zoo, "WORK", work)
     assert train_zoo(name, device=CPU, epochs=3, to=here)
     printed = capsys.readouterr().out
     assert "epoch 2 of 3" in printed and "epoch 1 of 3" not in printed and "verified" in printed

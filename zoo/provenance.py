@@ -1,9 +1,11 @@
-"""What a training's numbers depend on beside its recipe."""
+"""Where numbers come from: the command, the commit and the machine."""
 
 import functools
 import os
 import platform
+import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import torch
@@ -29,3 +31,31 @@ def _hardware(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{os.cpu_count()} CPU cores ({platform.machine()})"
+
+
+def program(otherwise: str) -> list[str]:
+    """Return the words by which this program was called: those of ``decoupled-zoo`` or ``python -m zoo``, if it is one.
+
+    Args:
+        otherwise: the words of any other program.
+    """
+    called = Path(sys.argv[0])
+    if called.stem == "decoupled-zoo":
+        return ["decoupled-zoo"]
+    if called.parts[-2:] == ("zoo", "__main__.py"):
+        return ["python", "-m", "zoo"]
+    return otherwise.split()
+
+
+def command_of(*words: str) -> str:
+    """Return a command as it is recorded and published: without the folders above this one."""
+    return shlex.join(portable(word) for word in words)
+
+
+def portable(word: str) -> str:
+    """Return a word of a command line in which an absolute path is told from this folder, or by its last part alone."""
+    option, equals, value = word.rpartition("=")
+    if not os.path.isabs(value):
+        return word
+    relative = os.path.relpath(value)
+    return option + equals + (os.path.basename(value.rstrip("/")) if relative.startswith("..") else relative)

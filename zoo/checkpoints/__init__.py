@@ -1,1 +1,1 @@
-"""Folders that hold a model: saved, loaded, verified, described, and exchanged with the Hugging Face Hub."""
+"""Folders that hold a model: saved, loaded, verified and published, and the trained networks to start from."""

@@ -6,18 +6,22 @@ from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, HfApi, constants
 
-from zoo.checkpoints.hub import COMMIT, FILES, OutOfTime, in_time, is_repository, is_revision, status_of
-from zoo.checkpoints.loading import find, list_checkpoints, read_config, verify
+from zoo.checkpoints.catalogue import find, list_checkpoints
+from zoo.checkpoints.config import read_config
+from zoo.checkpoints.verification import verify
 from zoo.errors import CheckpointError, HubError
-from zoo.models.building import PLAIN, ModelSpec
+from zoo.hub.fetching import OutOfTime, in_time, status_of
+from zoo.hub.repository import COMMIT, FILES, is_repository, is_revision
+from zoo.models.names import name_ending
+from zoo.models.spec import PLAIN, ModelSpec
 
 # The client alone would wait for ever.
 SECONDS_TO_PUBLISH, LEAST_BYTES_A_SECOND = 60, 100_000
 
-# Of a commit whose answer was lost.
+# The end of the message where a commit's answer was lost.
 UNKNOWN = "Either the whole commit was made, or what was published before is as it was"
 
-# What a reader needs to know of a training, by the names of config.json.
+# A reader needs to know this of a training, by the names of config.json.
 OF_TRAINING = ("command", "commit", "hardware")
 
 
@@ -51,9 +55,9 @@ def missing(folder: Path) -> list[str]:
             "records it"
         )
     spec = ModelSpec.from_dict(config)
-    expected = f"_{spec.architecture}_{spec.operator_name}"
+    expected = name_ending(spec.architecture, spec.operator_name)
     if config["name"] != folder.name or not folder.name.endswith(expected):
-        twin = f"<data>_{spec.architecture}_{PLAIN}"
+        twin = f"<data>{name_ending(spec.architecture, PLAIN)}"
         problems.append(
             f"the folder is called {folder.name} and its config.json says {config['name']}; both have to be the same, "
             f"<data>{expected}, so that its twin of ordinary convolutions, {twin}, can be told"
@@ -112,7 +116,7 @@ def _send(folder: Path, repository: str, private: bool, revision: str | None) ->
     if revision is not None:
         api.create_branch(repository, branch=revision, exist_ok=True)
     files = [CommitOperationAdd(path_in_repo=file, path_or_fileobj=folder / file) for file in FILES]
-    # On top of what is there now: files that it has already are left out of a commit.
+    # The commit comes on top of what is there now; files that are there already are left out.
     settings = {"revision": revision, "parent_commit": api.model_info(repository, revision=revision).sha}
     return api.create_commit(repository, files, commit_message=f"Publish {folder.name}", **settings).oid
 
@@ -123,7 +127,7 @@ def _explanation(repository: str, error: Exception) -> str:
             f"the Hub at {constants.ENDPOINT} did not answer for {repository} in time. {UNKNOWN}; look after the "
             "network, and publish again to see"
         )
-    # What a thread of the client met is the cause of what the client says.
+    # An error that a thread of the client met is the cause of the client's own error.
     if {status_of(error), status_of(error.__cause__)} & {401, 403}:
         return f"{repository} is misspelt or not yours to write: log in with a token that may (hf auth login)"
     after = "What was published before is as it was" if status_of(error) else f"{UNKNOWN}; publish again to see"

@@ -12,13 +12,16 @@ import timm.data
 import timm.models
 from timm.models import PretrainedCfg
 
-from operators import ConversionReport, OperatorConfig, convert_decoupled
 from operators.lookup import unknown_name
-from zoo.checkpoints.loading import find, load, read_config
+from zoo.architectures import ARCHITECTURES
+from zoo.checkpoints.catalogue import find
+from zoo.checkpoints.config import read_config
+from zoo.checkpoints.loading import load
 from zoo.checkpoints.weights import listed, misfits
-from zoo.models.building import ARCHITECTURES, ImageModel, build
+from zoo.models.building import build
+from zoo.models.image_model import ImageModel
 
-# What stands before the name of an architecture whose weights timm has.
+# This stands before the name of an architecture whose weights timm has.
 TIMM = "timm:"
 
 
@@ -80,28 +83,6 @@ def licence_of(where: str | os.PathLike[str]) -> str:
     if name.startswith(TIMM):
         return _timm_config(name.removeprefix(TIMM)).license or "not stated"
     return read_config(find(where))["licence"]
-
-
-def convert(model: ImageModel, operator: OperatorConfig | str | Mapping[str, Any]) -> ConversionReport:
-    """Convert a trained plain model in place, and return the report.
-
-    Filters keep their norms (``weighting="linear"``) unless ``operator`` says otherwise: a trained network needs them.
-
-    Raises:
-        ValueError: a model that is decoupled already, or an unknown operator.
-    """
-    if model.spec.operator is not None:
-        raise ValueError(
-            f"the network is {model.spec.operator_name} already, and only a plain one is converted and calibrated: "
-            "start from its plain twin (..._conv), or leave out operator and calibrate"
-        )
-    if isinstance(operator, str):
-        operator = {"name": operator}
-    if isinstance(operator, Mapping):
-        operator = {"weighting": "linear", **operator}
-    _, report = convert_decoupled(model, operator)
-    model.spec = dataclasses.replace(model.spec, operator=report.operator)
-    return report
 
 
 def _refuse_bare_name_of_timm(name: str) -> None:

@@ -15,8 +15,11 @@ from typing import Any
 import timm
 from torch import nn
 
-from zoo.checkpoints.loading import HUB, find, load, load_untrained, read_config
-from zoo.models.building import ARCHITECTURES, OF_TIMM
+from zoo.architectures import ARCHITECTURES
+from zoo.checkpoints.catalogue import HUB, find
+from zoo.checkpoints.config import read_config
+from zoo.checkpoints.loading import load, load_untrained
+from zoo.models.spec import OF_TIMM
 
 
 def register() -> None:
@@ -78,7 +81,7 @@ def create_trained(
         TypeError: an argument that would build another network.
     """
     folder = find(where, revision=revision)
-    # Of one commit, though the branch may move meanwhile.
+    # All is read from one commit, though the branch may move meanwhile.
     revision = folder.name if isinstance(where, str) else None
     config = read_config(folder)
     held = {"in_chans": config["in_chans"], **config["model_args"]}
@@ -87,7 +90,7 @@ def create_trained(
         if argument not in legal and held.get(argument) != value:
             raise TypeError(f"{config['name']} is built as its checkpoint says, so {argument}={value!r} is refused")
     settings = {argument: value for argument, value in arguments.items() if argument in legal}
-    # To timm, no class means that the features are wanted.
+    # No class means to timm that the features are wanted.
     features_alone = settings.get("num_classes") == 0
     if features_alone:
         del settings["num_classes"]

@@ -20,9 +20,8 @@ from zoo.errors import CheckpointError, DamagedError
 # Larger headers are refused before they are parsed: a small file can name gigabytes of tensors.
 LARGEST_HEADER, MOST_TENSORS = 1 << 20, 5000
 
-# How the floating-point tensors of a network are stored; they are loaded as the network has them.
+# The floating-point tensors of a network are stored in one of these, and loaded as the network has them.
 PRECISIONS = {"float32": torch.float32, "float16": torch.float16}
-
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -78,7 +77,7 @@ def read_into(network: nn.Module, path: Path, sha256: str, dtype: torch.dtype) -
     if not path.is_file():
         raise CheckpointError(f"{path} is missing; fetch the checkpoint again")
     problem = None
-    # Not mapped into memory: a mapped file that is cut short later kills the process.
+    # It is not mapped into memory, since a mapped file that is cut short later kills the process.
     with path.open("rb") as file:
         reader = _Reader(file)
         try:
@@ -152,7 +151,7 @@ def _fill(state: Mapping[str, Tensor], reader: _Reader, path: Path, dtype: torch
     }
     problems = misfits(stored, expected)
     if not problems:
-        # As they lie in the file.
+        # They are read in the order in which they lie in the file.
         for name, tensor in stored.items():
             target = state[name]
             direct = tensor.dtype == target.dtype and target.is_contiguous()
@@ -198,7 +197,7 @@ def _place(path: Path, name: str, entry: Any) -> tuple[int, int, tuple[int, ...]
     if isinstance(entry, dict) and entry.keys() == {"dtype", "shape", "data_offsets"}:
         shape, offsets = entry["shape"], entry["data_offsets"]
         numbers = isinstance(shape, list) and isinstance(offsets, list) and len(offsets) == 2
-        # What is larger than any file would not fit into torch's numbers either, though a 0 may hide it.
+        # A size that no file has would not fit into torch's numbers either, though a 0 may hide it.
         if numbers and all(type(value) is int and 0 <= value < 1 << 62 for value in [*shape, *offsets]):
             possible = math.prod(max(value, 1) for value in shape) < 1 << 62
             if possible and isinstance(entry["dtype"], str) and entry["dtype"] in DTYPES:

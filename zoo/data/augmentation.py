@@ -16,8 +16,8 @@ from zoo.randomness import uniform
 Augment = Literal["none", "crop", "crop_flip", "crop_flip_cutout", "resized_crop_flip"]
 AUGMENTS = get_args(Augment)
 
-# Of an image's area, what a random resized crop may have. Fine-tuning has fewer images than training on ImageNet, whose
-# recipes begin at 0.08, and a crop must still show what the class is known by.
+# The share of an image's area that a random resized crop may have. Fine-tuning has fewer images than training on
+# ImageNet, whose recipes begin at 0.08, and a crop must still show what the class is known by.
 CROP_SCALE = (0.35, 1.0)
 CROP_RATIO = (3 / 4, 4 / 3)
 # So often a rectangle is drawn, until one lies within the image.

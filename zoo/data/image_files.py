@@ -8,39 +8,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
 from rich.progress import track
 from torch import Tensor
-from torch.utils.data import Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from zoo.models.transform import ImageTransform
+from zoo.models.transform import ImageTransform, reason
+from zoo.statistics import evenly_spaced
 
-# Of a split, so many files that are no readable images are put up with unless told otherwise.
+# So many files of a split may be no readable images, unless another number is given.
 MOST_UNREADABLE = 10
+
 # Decoding fewer images than this is over before a progress bar is read.
 WORTH_A_PROGRESS_BAR = 2000
-
-
-class DiskImages(Dataset):
-    """Images read from files, batch by batch, as the same tensors that ``MemoryImages`` gives.
-
-    Raises:
-        ValueError: from a batch with a file that is no readable image.
-    """
-
-    in_memory = False
-
-    def __init__(self, files: Sequence[Path], labels: Tensor, transform: ImageTransform) -> None:
-        self.files = files
-        self.labels = labels
-        self.transform = transform
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
-        return torch.stack([decode(self.files[index], self.transform) for index in indices]), self.labels[indices]
 
 
 def find_images(path: Path) -> list[Path]:
@@ -70,27 +49,6 @@ def empty_folders(folder: Path) -> list[str]:
     return [name for name in class_folders(folder) if next(images_in(folder / name), None) is None]
 
 
-def decode(file: Path, transform: ImageTransform) -> Tensor:
-    """Read one image file as uint8 (in_chans, input_size, input_size).
-
-    Raises:
-        ValueError: the file is no readable image.
-    """
-    try:
-        if not file.stat().st_size:
-            raise ValueError("the file is empty")
-        with Image.open(file) as image:
-            if image.width * image.height > Image.MAX_IMAGE_PIXELS:
-                raise ValueError(
-                    f"{image.width}×{image.height} pixels are more than {Image.MAX_IMAGE_PIXELS:,}: a decompression "
-                    "bomb, or an image to be scaled down"
-                )
-            return transform.pixels(image)
-    # PIL raises whatever the broken bytes lead to.
-    except Exception as error:
-        raise ValueError(f"{file} is no readable image ({reason(error)}); remove or replace it") from error
-
-
 def decode_each(
     files: Sequence[Path], transform: ImageTransform, keep: Callable[[int, np.ndarray], None]
 ) -> dict[Path, str]:
@@ -98,7 +56,7 @@ def decode_each(
 
     def decode_one(index: int) -> tuple[Path, str] | None:
         try:
-            keep(index, decode(files[index], transform).numpy())
+            keep(index, transform.read(files[index]).numpy())
         except ValueError as error:
             return files[index], reason(error.__cause__)
         return None
@@ -130,15 +88,9 @@ def sample_files(path: Path, count: int, transform: ImageTransform) -> Tensor:
     return torch.from_numpy(images[[file not in broken for file in files]])
 
 
-def evenly_spaced(count: int, length: int) -> list[int]:
-    """Return ``count`` places (all, if there are fewer) of ``length``: the middles of as many equal stretches."""
-    count = min(count, length)
-    return [(2 * place + 1) * length // (2 * count) for place in range(count)]
-
-
 def empty_images(count: int, transform: ImageTransform) -> np.ndarray:
     """Return room for images as ``transform`` makes them, uint8 (count, in_chans, input_size, input_size)."""
-    # An array, for threads do not share torch's inference mode, and refuse to write to its tensors.
+    # It is an array, since threads do not share torch's inference mode, and refuse to write to its tensors.
     return np.empty((count, transform.in_chans, transform.input_size, transform.input_size), dtype=np.uint8)
 
 
@@ -150,11 +102,6 @@ def unreadable(
     if len(lines) < len(reasons):
         lines.append(f"... and {len(reasons) - len(lines)} more")
     return "\n  ".join([f"{len(reasons)} of {count} images cannot be read{then}:", *lines])
-
-
-def reason(error: BaseException) -> str:
-    """Return why an image cannot be read; PIL repeats the file's name where it does not know its kind."""
-    return "no image of a known kind" if isinstance(error, UnidentifiedImageError) else str(error)
 
 
 def images_in(folder: Path) -> Iterator[Path]:
@@ -172,5 +119,5 @@ def _is_hidden(path: Path) -> bool:
     return any(part.startswith(".") for part in path.parts)
 
 
-def some_of(names: list[str]) -> str:
+def first_ten(names: list[str]) -> str:
     return ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")

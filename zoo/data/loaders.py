@@ -1,8 +1,7 @@
-"""Images in memory, and batches of images in memory or on disk, of which each process has its share."""
+"""Batches of images in memory or on disk, of which each process has its share."""
 
 from collections.abc import Iterator, Sequence
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,37 +14,7 @@ from zoo.randomness import generator_of, key_of
 LARGEST_SHARE = 0.25
 
 
-class MemoryImages(Dataset):
-    """Images in memory: uint8 (N, C, H, W) and labels int64 (N,). A batch is one indexing of the two.
-
-    Args:
-        files: where the images come from, if they come from files.
-    """
-
-    in_memory = True
-
-    def __init__(self, images: Tensor, labels: Tensor, files: Sequence[Path] = ()) -> None:
-        self.images = images
-        self.labels = labels
-        self.files = files
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
-        # Some 20 times as fast as self.images[indices].
-        return self.choose(torch.tensor(indices))
-
-    def choose(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the images and labels with these indices."""
-        return self.images.index_select(0, indices), self.labels.index_select(0, indices)
-
-    def to(self, device: torch.device) -> "MemoryImages":
-        """Return the same images on a device."""
-        return MemoryImages(self.images.to(device), self.labels.to(device), self.files)
-
-
-class Share:
+class DistributedBatchSampler:
     """The batches of one process: which images, and in what order; a pure function of the settings and the epoch.
 
     Batch ``b`` of all processes together is batch ``b`` of a single process whose batches are as large as theirs
@@ -100,7 +69,7 @@ class Share:
     def _batches(self) -> Sequence[Tensor]:
         if not self.shuffle:
             mine = torch.arange(self.images)[self.rank :: self.processes]
-            # Of several processes, one may have an image more than another.
+            # One of several processes may have an image more than another.
             return mine.split(self.batch_size) if self.processes == 1 else mine.tensor_split(len(self))
         order = torch.randperm(self.images, generator=generator_of(self.seed, self.epoch))
         missing = torch.arange(-self.images % self.processes) % self.images
@@ -117,27 +86,29 @@ class Loader:
     Args:
         images: the whole set; if in memory, it is moved to ``device`` if it takes at most a quarter of what is free
             there.
-        share: which of them this process has, in which batches.
+        sampler: which of them this process has, in which batches.
         device: where batches are wanted.
         workers: processes that read images from disk; 0 for this process.
     """
 
     batch_sampler = None
 
-    def __init__(self, images: Dataset, share: Share, *, device: torch.device | str = "cpu", workers: int = 0) -> None:
+    def __init__(
+        self, images: Dataset, sampler: DistributedBatchSampler, *, device: torch.device | str = "cpu", workers: int = 0
+    ) -> None:
         device = torch.device(device)
         self.dataset = images.to(device) if images.in_memory and _fits(images.images, device) else images
-        self.sampler = share
-        self.batch_size = share.batch_size
-        self.drop_last = share.drop_last
+        self.sampler = sampler
+        self.batch_size = sampler.batch_size
+        self.drop_last = sampler.drop_last
         self.reader = None
         if not images.in_memory:
             self.reader = DataLoader(
                 images,
-                batch_sampler=share,
+                batch_sampler=sampler,
                 num_workers=workers,
                 persistent_workers=workers > 0,
-                collate_fn=as_it_is,
+                collate_fn=collate_unchanged,
             )
 
     def __len__(self) -> int:
@@ -174,16 +145,16 @@ class TrainingLoader(Loader):
         return self.batch_size * self.sampler.processes
 
     def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
-        # Not before a batch is asked for: Lightning makes the iterator before it tells the epoch.
-        share = self.sampler
-        share.start = self.done = self.resumed.pop(share.epoch, 0)
+        # This runs when a batch is asked for: Lightning makes the iterator before it tells the epoch.
+        sampler = self.sampler
+        sampler.start = self.done = self.resumed.pop(sampler.epoch, 0)
         self.resumed.clear()
-        batches = list(share)
+        batches = list(sampler)
         for indices, (images, labels) in zip(batches, self._read(batches), strict=True):
             self.done += 1
-            yield images, labels, key_of(share.seed, share.epoch, torch.tensor(indices))
+            yield images, labels, key_of(sampler.seed, sampler.epoch, torch.tensor(indices))
         # Without a trainer that counts the epochs, the next one still has another order.
-        share.set_epoch(share.epoch + 1)
+        sampler.set_epoch(sampler.epoch + 1)
         self.done = 0
 
     def state_dict(self) -> dict[str, int]:
@@ -221,5 +192,5 @@ def _fits(images: Tensor, device: torch.device) -> bool:
     return device.type != "cuda" or images.nbytes <= LARGEST_SHARE * torch.cuda.mem_get_info(device)[0]
 
 
-def as_it_is(batch: Any) -> Any:
+def collate_unchanged(batch: Any) -> Any:
     return batch

@@ -7,8 +7,8 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from zoo.checkpoints.loading import write_whole
 from zoo.data.image_files import decode_each
+from zoo.files import write_whole
 from zoo.models.transform import ImageTransform
 
 # So many files, and then as many as are known, are opened before what was found is kept.

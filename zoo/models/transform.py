@@ -1,14 +1,23 @@
 """From a PIL image to the tensor that a model takes."""
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 import torch
 import torchvision.transforms.v2.functional as TF
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 MODES = {1: "L", 3: "RGB"}
+
+# The mean and standard deviation of ImageNet's pixels in [0, 1].
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def usual_normalisation(in_chans: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return the mean and std, for pixels in [0, 1], of images of which nothing else is known: ImageNet's for RGB."""
+    return (IMAGENET_MEAN, IMAGENET_STD) if in_chans == 3 else ((0.5,) * in_chans, (0.25,) * in_chans)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +47,26 @@ class ImageTransform:
     def __call__(self, image: Image.Image) -> Tensor:
         return self.pixels(image).to(torch.float32) / 255
 
+    def read(self, file: Path) -> Tensor:
+        """Return the pixels of an image file, uint8 (in_chans, input_size, input_size).
+
+        Raises:
+            ValueError: the file is no readable image.
+        """
+        try:
+            if not file.stat().st_size:
+                raise ValueError("the file is empty")
+            with Image.open(file) as image:
+                if image.width * image.height > Image.MAX_IMAGE_PIXELS:
+                    raise ValueError(
+                        f"{image.width}×{image.height} pixels are more than {Image.MAX_IMAGE_PIXELS:,}: a "
+                        "decompression bomb, or an image to be scaled down"
+                    )
+                return self.pixels(image)
+        # PIL raises whatever the broken bytes lead to.
+        except Exception as error:
+            raise ValueError(f"{file} is no readable image ({reason(error)}); remove or replace it") from error
+
     def pixels(self, image: Image.Image) -> Tensor:
         """Return the same tensor as uint8 in 0..255."""
         if not isinstance(image, Image.Image):
@@ -50,6 +79,11 @@ class ImageTransform:
         if image.size != (self.input_size, self.input_size):
             image = TF.center_crop(TF.resize(image, [self.input_size]), [self.input_size])
         return TF.pil_to_tensor(image)
+
+
+def reason(error: BaseException) -> str:
+    """Return why an image cannot be read; PIL repeats the file's name where it does not know its kind."""
+    return "no image of a known kind" if isinstance(error, UnidentifiedImageError) else str(error)
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:

@@ -75,7 +75,7 @@ def pgd(
     if stop_early:
         left = left[is_right(model, images, labels)]
     for _ in range(restarts):
-        # Of all images, so that what one starts from does not depend on how the others fared.
+        # Noise is drawn for all images, so that one's start does not depend on how the others fared.
         noise = 2 * torch.rand(images.shape, generator=generator) - 1
         chosen, clean, truth = left, images[left], labels[left]
         moved = (clean + eps * noise.to(images)[left]).clamp(0, 1) if random_start else clean

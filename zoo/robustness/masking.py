@@ -6,12 +6,12 @@ from collections.abc import Iterator
 
 import torch
 
-from zoo.robustness.evaluation import Result
 from zoo.robustness.probes import ATTACKS, GRADIENT_ATTACKS
+from zoo.robustness.result import Result
 
 # Probes of the gradient's length; that of the margin, the first, does not vanish with confidence.
 GRADIENTS = ("gradient_norm", "cross_entropy_gradient")
-# What the checks are about, beside an L2 attack.
+# The checks need these probes, beside an L2 attack.
 NEEDED = (*GRADIENTS, *ATTACKS, "curve", "batch_dependence")
 # Logits that differ by more than this, relative to the largest, depend on the other images of the batch.
 BATCH_TOLERANCE = 1e-5

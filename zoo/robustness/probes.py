@@ -4,7 +4,7 @@ import copy
 import dataclasses
 import importlib
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from types import ModuleType
 
@@ -19,7 +19,7 @@ PIXEL = 1 / 255
 
 
 @dataclasses.dataclass(frozen=True)
-class Subject:
+class ModelUnderAttack:
     """The network that is judged, and those that help to.
 
     Attributes:
@@ -33,8 +33,8 @@ class Subject:
     flags: list[str] = dataclasses.field(default_factory=list)
 
 
-# Of images, labels, ε and a seed, one number for each image.
-Probe = Callable[[Subject, Tensor, Tensor, float, int], Tensor]
+# A probe gives one number for each image, from images, labels, ε and a seed.
+Probe = Callable[[ModelUnderAttack, Tensor, Tensor, float, int], Tensor]
 
 
 def step_size(eps: float, steps: int) -> float:
@@ -45,12 +45,12 @@ def step_size(eps: float, steps: int) -> float:
 def attack(perturb: Callable[[nn.Module, Tensor, Tensor, float, int], Tensor]) -> Probe:
     """Return a probe: 1 where the model still names the class of the perturbed image, else 0."""
 
-    def probe(subject: Subject, images: Tensor, labels: Tensor, eps: float, seed: int) -> Tensor:
-        moved = perturb(subject.model, images, labels, eps, seed)
+    def probe(attacked: ModelUnderAttack, images: Tensor, labels: Tensor, eps: float, seed: int) -> Tensor:
+        moved = perturb(attacked.model, images, labels, eps, seed)
         farthest = (moved - images).abs().max().item()
         if farthest > eps + 1e-5 or moved.min() < 0 or moved.max() > 1:
             raise ArithmeticError(f"an attack moved a pixel by {farthest}, which may be {eps}, or out of [0, 1]")
-        return (is_right(subject.model, images, labels) & is_right(subject.model, moved, labels)).float()
+        return (is_right(attacked.model, images, labels) & is_right(attacked.model, moved, labels)).float()
 
     return probe
 
@@ -58,12 +58,12 @@ def attack(perturb: Callable[[nn.Module, Tensor, Tensor, float, int], Tensor]) -
 def gradient_ascent(steps: int, restarts: int, *losses: str) -> Probe:
     """Return the probe of PGD with each of the losses: 1 where none of them makes the model mistake the image."""
 
-    def probe(subject: Subject, images: Tensor, labels: Tensor, eps: float, seed: int) -> Tensor:
+    def probe(attacked: ModelUnderAttack, images: Tensor, labels: Tensor, eps: float, seed: int) -> Tensor:
         settings = {"steps": steps, "step": step_size(eps, steps), "restarts": restarts, "seed": seed}
-        left = is_right(subject.model, images, labels)
+        left = is_right(attacked.model, images, labels)
         for loss in losses:
             left = left & is_right(
-                subject.model, pgd(subject.model, images, labels, eps, loss=loss, **settings), labels
+                attacked.model, pgd(attacked.model, images, labels, eps, loss=loss, **settings), labels
             )
         return left.float()
 
@@ -73,19 +73,19 @@ def gradient_ascent(steps: int, restarts: int, *losses: str) -> Probe:
 def in_double(probe: Probe) -> Probe:
     """Return a probe that measures the same with a copy of the network in float64."""
 
-    def precise(subject: Subject, images: Tensor, labels: Tensor, eps: float, seed: int) -> Tensor:
-        double = dataclasses.replace(subject, model=copy.deepcopy(subject.model).double())
+    def precise(attacked: ModelUnderAttack, images: Tensor, labels: Tensor, eps: float, seed: int) -> Tensor:
+        double = dataclasses.replace(attacked, model=copy.deepcopy(attacked.model).double())
         return probe(double, images.double(), labels, eps, seed)
 
     return precise
 
 
-def transfer(subject: Subject, images: Tensor, labels: Tensor, eps: float, seed: int) -> Tensor:
+def transfer(attacked: ModelUnderAttack, images: Tensor, labels: Tensor, eps: float, seed: int) -> Tensor:
     """Return 1 where the model names the class of the image that PGD made for each of the other networks, else 0."""
-    left = is_right(subject.model, images, labels)
-    for other in subject.others.values():
+    left = is_right(attacked.model, images, labels)
+    for other in attacked.others.values():
         settings = {"step": step_size(eps, STEPS), "steps": STEPS, "stop_early": False, "seed": seed}
-        left = left & is_right(subject.model, pgd(other, images, labels, eps, **settings), labels)
+        left = left & is_right(attacked.model, pgd(other, images, labels, eps, **settings), labels)
     return left.float()
 
 
@@ -96,13 +96,13 @@ def square(model: nn.Module, images: Tensor, labels: Tensor, eps: float, seed: i
     return kind(model, norm="Linf", eps=eps, seed=seed, device=images.device, **settings).perturb(images, labels)
 
 
-def auto_attack(subject: Subject, images: Tensor, labels: Tensor, eps: float, seed: int) -> Tensor:
+def auto_attack(attacked: ModelUnderAttack, images: Tensor, labels: Tensor, eps: float, seed: int) -> Tensor:
     """Return 1 where standard AutoAttack does not make the model mistake the image (Croce and Hein, 2020), else 0."""
     kind = optional("pyautoattack").AutoAttack
     with torch.no_grad():
-        classes = subject.model(images[:1]).shape[1]
+        classes = attacked.model(images[:1]).shape[1]
     with listening("auto-attack") as said:
-        tool = kind(subject.model, norm="Linf", eps=eps, seed=seed, device=images.device, version="standard")
+        tool = kind(attacked.model, norm="Linf", eps=eps, seed=seed, device=images.device, version="standard")
         tool.verbose = False
         # The standard has nine target classes beside the right one, and a loss of four logits.
         tool.apgd_targeted.n_target_classes = tool.fab.n_target_classes = min(9, classes - 1)
@@ -112,8 +112,8 @@ def auto_attack(subject: Subject, images: Tensor, labels: Tensor, eps: float, se
         def perturb(model: nn.Module, images: Tensor, labels: Tensor, eps: float, seed: int) -> Tensor:
             return tool.run_standard_evaluation(images, labels, batch_size=len(images))[0]
 
-        left = attack(perturb)(subject, images, labels, eps, seed)
-    subject.flags.extend(said)
+        left = attack(perturb)(attacked, images, labels, eps, seed)
+    attacked.flags.extend(said)
     return left
 
 
@@ -123,16 +123,16 @@ def shortest(make: Callable[[ModuleType], Callable]) -> Probe:
     Images that the model mistakes as they are have 0.
     """
 
-    def probe(subject: Subject, images: Tensor, labels: Tensor, eps: float, seed: int) -> Tensor:
+    def probe(attacked: ModelUnderAttack, images: Tensor, labels: Tensor, eps: float, seed: int) -> Tensor:
         foolbox = optional("foolbox")
         torch.manual_seed(seed)
-        right = is_right(subject.model, images, labels)
+        right = is_right(attacked.model, images, labels)
         distances = torch.zeros(len(images))
         if right.any():
-            model = foolbox.PyTorchModel(subject.model, bounds=(0, 1), device=images.device)
+            model = foolbox.PyTorchModel(attacked.model, bounds=(0, 1), device=images.device)
             moved, *_ = make(foolbox.attacks)(model, images[right], labels[right], epsilons=None)
             lengths = (moved - images[right]).flatten(1).norm(dim=1)
-            lengths[is_right(subject.model, moved, labels[right])] = torch.inf
+            lengths[is_right(attacked.model, moved, labels[right])] = torch.inf
             distances[right.cpu()] = lengths.cpu()
         return distances
 
@@ -142,17 +142,17 @@ def shortest(make: Callable[[ModuleType], Callable]) -> Probe:
 def gradient_norm(loss: str) -> Probe:
     """Return the probe of the L2 norm of a loss's gradient with respect to the image."""
 
-    def probe(subject: Subject, images: Tensor, labels: Tensor, eps: float, seed: int) -> Tensor:
-        return logits_and_gradient(subject.model, images, labels, loss)[1].flatten(1).norm(dim=1)
+    def probe(attacked: ModelUnderAttack, images: Tensor, labels: Tensor, eps: float, seed: int) -> Tensor:
+        return logits_and_gradient(attacked.model, images, labels, loss)[1].flatten(1).norm(dim=1)
 
     return probe
 
 
-def batch_dependence(subject: Subject, images: Tensor, labels: Tensor, eps: float, seed: int) -> Tensor:
+def batch_dependence(attacked: ModelUnderAttack, images: Tensor, labels: Tensor, eps: float, seed: int) -> Tensor:
     """Return by how much, relative to the largest logit, the logits of an image alone differ from those in a batch."""
     with torch.no_grad():
-        together = subject.model(images)
-        alone = torch.cat([subject.model(image.unsqueeze(0)) for image in images])
+        together = attacked.model(images)
+        alone = torch.cat([attacked.model(image.unsqueeze(0)) for image in images])
     return (together - alone).abs().amax(1) / together.abs().amax()
 
 
@@ -208,7 +208,7 @@ TITLES = {
 # Attacks that follow the gradient, or none, and all that are run at the ε of the headline.
 GRADIENT_ATTACKS = ("clean", "noise", "fgsm", "bim", "pgd", "pgd_margin")
 ATTACKS = (*GRADIENT_ATTACKS, "pgd_long", "pgd_double", "transfer", "square", "autoattack")
-# Those that are run at other ε, too.
+# These are run at other ε, too.
 AT_SEVERAL_EPS = ("fgsm", "bim", "bim_quarter", "curve")
 EFFORTS = ("deepfool", "ddn", "carlini_wagner")
 # The packages of the extra ``robustness``, and what is measured with them.
@@ -228,6 +228,18 @@ def optional(name: str) -> ModuleType:
             f"{name.partition('.')[0]} is not installed; pip install 'decoupled-zoo[robustness]' (in a clone: "
             "pip install --editable '.[robustness]') brings the attacks"
         ) from error
+
+
+def require_packages(probes: Iterable[str]) -> None:
+    """Import what some probes need of the extra ``robustness``, so that a run does not begin without it.
+
+    Raises:
+        ModuleNotFoundError: as :func:`optional`.
+    """
+    wanted = set(probes)
+    for package, needing in NEEDS.items():
+        if wanted.intersection(needing):
+            optional(package)
 
 
 @contextmanager

@@ -1,75 +1,29 @@
-"""What ``python -m zoo robustness`` shows of a result: tables in Markdown and pictures."""
+"""What ``python -m zoo robustness`` tells of a result: tables in Markdown, and the record of a card."""
 
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from scipy.stats import binomtest
 from torch import Tensor
 
-from zoo.checkpoints.card import markdown_table
-from zoo.data.image_files import evenly_spaced
-from zoo.experiments.measures import interval
-from zoo.experiments.pictures import plot_attacked, plot_curves, plot_efforts
-from zoo.models.building import ImageModel, is_plain
-from zoo.robustness.attacks import is_right, pgd
-from zoo.robustness.evaluation import COMPARED, CURVE_EPS, PAPER_EPS, Result, compared_eps
+from zoo.markdown import markdown_table
 from zoo.robustness.masking import checks, suspected, unlooked_for
-from zoo.robustness.probes import ATTACKS, EFFORTS, STEPS, TITLES, step_size
+from zoo.robustness.probes import ATTACKS, EFFORTS, TITLES
+from zoo.robustness.protocol import COMPARED, CURVE_EPS, PAPER_EPS, compared_eps
+from zoo.robustness.result import Result
+from zoo.statistics import interval
 
-# Of a card, by the names of probes.
+# The attacks that a card names, by the names of their probes.
 ON_CARDS = {"fgsm": "FGSM", "bim": "BIM", "pgd": "PGD-50×5", "autoattack": "AutoAttack"}
-# Of which two networks are compared image by image, beside the worst case.
+
+# Under these attacks, two networks are compared image by image, beside the worst case.
 PAIRED = ("fgsm", "pgd")
 WORST = "worst case of each image"
-# In a picture of images.
-ATTACKED_IMAGES = 6
-# Second to the largest change of a pixel, the length of the whole change by which accuracy is told.
+
+# Beside the largest change of a pixel, accuracy is told for whole changes of at most this length.
 L2_EPS = 0.5
-
-RESULTS = Path(__file__).resolve().parents[2] / "results" / "robustness"
-# Of which the docs show the results side by side, the plain twin first.
-PARTS = ("robustness", "masking", "paired", "paper")
-FAMILIES = ("cifar10_resnet20", "digits_cnn6", "mnist_cnn6", "mnist_adversarial_cnn6")
-
-
-def published_families(results: Path = RESULTS) -> dict[str, list[Result]]:
-    """Return the published results of each family that has any, the plain twin's first."""
-    found: dict[str, list[Result]] = {}
-    for family in FAMILIES:
-        paths = sorted(results.glob(f"{family}_*.json"), key=lambda path: (not is_plain(path.stem), path.stem))
-        if paths:
-            found[family] = [Result.read(path) for path in paths]
-    return found
-
-
-def family_blocks() -> dict[str, str]:
-    """Return the generated parts of docs/robustness.md by name, those of each family and those of all together."""
-    families = published_families()
-    blocks = {}
-    for family in FAMILIES:
-        if not (results := families.get(family)):
-            blocks |= dict.fromkeys((f"{part}_{family}" for part in PARTS), "Not measured.")
-            continue
-        headlines = "\n".join(f"- {headline(result)}" for result in results)
-        texts = (
-            f"{headlines}\n\n{attack_table(results)}",
-            check_table(results),
-            paired_table(results),
-            paper_table(results),
-        )
-        blocks |= {f"{part}_{family}": text for part, text in zip(PARTS, texts, strict=True)}
-    plain = {family: result for family, results in families.items() for result in results if is_plain(name_of(result))}
-    twins = {
-        name_of(result): plain[family]
-        for family, results in families.items()
-        for result in results
-        if family in plain and not is_plain(name_of(result))
-    }
-    blocks["effort"] = effort_table([result for results in families.values() for result in results], twins)
-    return blocks
 
 
 def name_of(result: Result) -> str:
@@ -266,42 +220,3 @@ def report(result: Result, twin: Result | None) -> str:
         attacks = ", ".join(TITLES[name] for name in efforts_of(result))
         parts += ["## The nearest mistake in L2", f"The smallest of {attacks}.", effort_table(both, twins)]
     return "\n\n".join(parts) + "\n"
-
-
-def draw(results: Sequence[Result], stem: Path) -> list[Path]:
-    """Write the pictures of results beside each other: accuracy over ε, and the efforts; return the files."""
-    written = []
-    drawn = [result for result in results if len(result.curve()) > 1]
-    if drawn:
-        written.append(stem.with_name(f"{stem.name}_curve.png"))
-        eps = results[0].eps
-        levels = compared_eps(eps)
-        fgsm = {name_of(r): {at: s for at in levels if (s := r.accuracy("fgsm", at)) is not None} for r in drawn}
-        plot_curves({name_of(result): result.curve() for result in drawn}, fgsm, eps, written[-1])
-    # The smallest of more attacks is smaller: only what the same ones found is shown side by side.
-    alike = [result for result in results if efforts_of(result) == efforts_of(results[0])]
-    efforts = {name_of(r): effort for r in alike if (effort := r.effort()) is not None}
-    shown = {name: lengths[(lengths > 0) & lengths.isfinite()].tolist() for name, lengths in efforts.items()}
-    if any(shown.values()):
-        written.append(stem.with_name(f"{stem.name}_effort.png"))
-        plot_efforts({name: lengths for name, lengths in shown.items() if lengths}, written[-1])
-    return written
-
-
-def draw_attacked(model: ImageModel, images: Tensor, labels: Tensor, eps: float, path: Path) -> None:
-    """Write a picture of images that the network names right, what PGD adds to them, and what it then calls them.
-
-    If it names none right, there is no picture.
-    """
-    right = is_right(model, images, labels).nonzero()[:, 0]
-    if not len(right):
-        return
-    # In a data set that is sorted, the first ones would be of one class.
-    right = right[evenly_spaced(ATTACKED_IMAGES, len(right))]
-    images, labels = images[right], labels[right]
-    moved = pgd(model, images, labels, eps, step=step_size(eps, STEPS), steps=STEPS)
-    with torch.no_grad():
-        guesses = [model(batch).argmax(1).tolist() for batch in (images, moved)]
-    names = [[model.class_names[guess] for guess in each] for each in guesses]
-    title = f"{model.spec.architecture} with {model.spec.operator_name}, PGD-{STEPS}, ε = {level(eps)}"
-    plot_attacked(images.cpu(), moved.cpu(), *names, title, path)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from zoo.models.building import ImageModel
+from zoo.models.image_model import ImageModel
 
 POWER_ITERATIONS = 10
 PAIRS = 200
@@ -49,7 +49,7 @@ def spectral_norms(function: Callable[[Tensor], Tensor], inputs: Tensor, generat
     """Return the largest singular value of the Jacobian at each input, (N,), by power iteration on ``JᵀJ``."""
     inputs = inputs.detach().requires_grad_()
     outputs = function(inputs)
-    # Of a sum weighted by u, the gradient is Jᵀu; its own gradient in u along v is Jv.
+    # The gradient of a sum weighted by u is Jᵀu; its own gradient in u along v is Jv.
     weights = torch.zeros_like(outputs, requires_grad=True)
     (pulled,) = torch.autograd.grad(outputs, inputs, weights, create_graph=True)
     direction = torch.randn(inputs.shape, generator=generator).to(inputs)

@@ -1,6 +1,7 @@
 """Training on attacked images, and the alarm for networks that only seem to resist."""
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any, Literal
 
 import lightning as L
@@ -8,8 +9,10 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from zoo.models.building import ImageModel
+from operators.evaluation_mode import evaluating
+from zoo.models.image_model import ImageModel
 from zoo.robustness.attacks import fgsm, is_right, pgd
+from zoo.robustness.protocol import EPS
 
 # Validation images that are attacked after each epoch, and how.
 CHECKED_IMAGES, CHECKED_STEPS = 512, 10
@@ -32,7 +35,7 @@ class AdversarialTraining:
     """
 
     attack: Literal["pgd", "fgsm"] = "pgd"
-    eps: float = 8 / 255
+    eps: float = EPS
     steps: int = 7
     step: float | None = None
 
@@ -51,17 +54,19 @@ class AdversarialTraining:
             steps: of PGD, in place of those of training; an image is then left where it is mistaken first, and the
                 random start is always the same.
         """
-        training = model.training
-        model.eval()
-        try:
+        with evaluating(model):
             if self.attack == "fgsm" and steps is None:
                 return fgsm(model, images, labels, self.eps)
             size = self.step or self.eps / 4
             # In training, the classifier has seeded torch's own generator for the step.
             settings = {"stop_early": steps is not None, "seed": None if steps is None else 0}
             return pgd(model, images, labels, self.eps, step=size, steps=steps or self.steps, **settings)
-        finally:
-            model.train(training)
+
+
+def alarms_of(callbacks: Iterable[Callback]) -> dict[str, Any]:
+    """Return, for a checkpoint's record, how images were attacked and what was alarming; nothing if none were."""
+    found = [callback for callback in callbacks if isinstance(callback, OverfittingAlarm)]
+    return {"adversarial": dataclasses.asdict(found[0].adversarial), "alarms": found[0].alarms} if found else {}
 
 
 class OverfittingAlarm(Callback):

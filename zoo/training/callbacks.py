@@ -1,24 +1,17 @@
-"""Callbacks: the authors' training tricks, averaged weights, limited time, and the table of predictions."""
+"""Callbacks: the authors' training tricks, and averaged weights."""
 
-import csv
 import functools
-import io
-import time
 from collections.abc import Sequence
-from itertools import chain
-from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import BasePredictionWriter, Callback, WeightAveraging
-from rich.console import Console
-from rich.table import Table
+from lightning.pytorch.callbacks import Callback
 from torch import Tensor
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from operators import decoupled_layers, filter_norm
-from zoo.checkpoints.loading import write_whole
+from zoo.resuming.lightning_internals import OpenWeightAveraging
 
 
 class WeightProjection(Callback):
@@ -64,7 +57,7 @@ class WeightedGradients(Callback):
                 layer.weight.grad *= filter_norm(layer.weight.detach(), eps=layer.operator.eps)
 
 
-class MovingAverage(WeightAveraging):
+class MovingAverage(OpenWeightAveraging):
     """Validate, save and export the moving average of the weights, and of BatchNorm's statistics, over the steps.
 
     ``a ← d a + (1 - d) w`` after each step of the optimiser, with ``d = min(decay, (1 + t) / (10 + t))`` after ``t``
@@ -84,15 +77,14 @@ class MovingAverage(WeightAveraging):
         # Lightning asks callbacks first, but the network, of which the average is a copy, follows from the data.
         module.setup(stage)
         if stage == "fit":
-            # The module is not there yet.
-            settings = {"device": trainer.strategy.root_device, "use_buffers": self._use_buffers, **self._kwargs}
-            self._average_model = AveragedModel(module, **settings)
+            # The trainer has not moved the module to its device yet.
+            self.make_average(trainer, module)
 
     def on_load_checkpoint(self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(trainer, module, checkpoint)
-        if self._average_model is not None:
+        if self.average is not None:
             # The normalisation is in no state dict.
-            self._average_model.module.model.normalise_as(module.model.spec)
+            self.average.module.model.normalise_as(module.model.spec)
 
 
 def _average(decay: float, averages: Sequence[Tensor], currents: Sequence[Tensor], steps: Tensor) -> None:
@@ -104,119 +96,3 @@ def _average(decay: float, averages: Sequence[Tensor], currents: Sequence[Tensor
     # Counts, such as BatchNorm's of batches, are no quantities to be averaged.
     for average, current in zip(averages, currents, strict=True):
         average.copy_(current)
-
-
-class StopInTime(Callback):
-    """Stop after the last epoch that leaves time for another one as long as it, and a quarter of it for measuring.
-
-    Args:
-        deadline: when to be done, on the clock of ``time.monotonic``.
-    """
-
-    def __init__(self, deadline: float) -> None:
-        self.deadline = deadline
-        self.started = 0.0
-
-    def on_train_epoch_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        self.started = time.monotonic()
-
-    def on_train_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        now = time.monotonic()
-        if now + 1.25 * (now - self.started) > self.deadline:
-            trainer.should_stop = True
-
-
-class EpochLines(Callback):
-    """Print one line an epoch and keep what it says, also beyond a stop and a resume.
-
-    Args:
-        name: what is trained, at the beginning of each line.
-
-    Attributes:
-        epochs: for each epoch its number, the metrics (the training loss is that of the last batch) and the seconds.
-        images_per_epoch: how many images an epoch has on this device, None before the first.
-        data: the images, once the first epoch has begun.
-    """
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.started = 0.0
-        self.epochs: list[dict[str, float]] = []
-        self.images_per_epoch: int | None = None
-        self.data: L.LightningDataModule | None = None
-
-    def on_train_epoch_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        self.started = time.monotonic()
-        self.data = trainer.datamodule
-        batches, images = trainer.num_training_batches, len(self.data.split("train"))
-        self.images_per_epoch = min(images, batches * self.data.batch_size)
-
-    def on_train_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        metrics = {name: round(value.item(), 4) for name, value in trainer.callback_metrics.items()}
-        seconds = round(time.monotonic() - self.started, 1)
-        self.epochs.append({"epoch": trainer.current_epoch + 1, **metrics, "seconds": seconds})
-        epoch = f"epoch {trainer.current_epoch + 1} of {trainer.max_epochs}"
-        numbers = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
-        print(f"{self.name}: {epoch}, {numbers}, {seconds:.1f} s", flush=True)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"epochs": self.epochs, "images_per_epoch": self.images_per_epoch}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.epochs, self.images_per_epoch = list(state["epochs"]), state["images_per_epoch"]
-
-
-class PredictionTable(BasePredictionWriter):
-    """Show the predicted classes as a table, and write them all as CSV.
-
-    Args:
-        output: the CSV file (columns: image, then class and probability of the likeliest classes), whose name ends in
-            .csv; none by default.
-        top: how many of the likeliest classes are shown.
-        rows: how many images the table on the screen shows; the file has all.
-
-    Raises:
-        ValueError: ``top`` or ``rows`` below 1, or an ``output`` that is no name of a CSV file.
-    """
-
-    def __init__(self, output: str | None = None, top: int = 3, rows: int = 20) -> None:
-        super().__init__(write_interval="epoch")
-        if min(top, rows) < 1:
-            raise ValueError(f"top and rows must be at least 1, got {top} and {rows}")
-        if output is not None and (Path(output).suffix.lower() != ".csv" or Path(output).is_dir()):
-            raise ValueError(f"the predictions are written as CSV, so output ends in .csv, got {output}")
-        self.output = output
-        self.top = top
-        self.rows = rows
-
-    def write_on_epoch_end(
-        self, trainer: L.Trainer, module: L.LightningModule, predictions: list[Tensor], batch_indices: Any
-    ) -> None:
-        probabilities, labels = torch.cat(predictions).cpu().sort(1, descending=True)
-        names = module.model.class_names
-        places = range(min(self.top, len(names)))
-        files = [trainer.datamodule.predict_files[index] for batch in batch_indices[0] for index in batch]
-        rows = [
-            [(file, ""), *((names[order[place]], f"{values[place]:.4f}") for place in places)]
-            for file, order, values in zip(files, labels, probabilities, strict=True)
-        ]
-        self._show(rows)
-        if self.output:
-            header = ["image", *(f"{what} {place + 1}" for place in places for what in ("class", "probability"))]
-            self._write(Path(self.output), [header, *([file, *chain(*guesses)] for (file, _), *guesses in rows)])
-
-    def _show(self, rows: list[list[tuple[str, str]]]) -> None:
-        table = Table(caption=f"{min(self.rows, len(rows))} of {len(rows)} images")
-        table.add_column("image", overflow="fold")
-        for place in range(1, len(rows[0])):
-            table.add_column(f"class {place}", no_wrap=True)
-        for row in rows[: self.rows]:
-            table.add_row(*(" ".join(cell) for cell in row))
-        Console().print(table)
-
-    def _write(self, path: Path, rows: list[list[str]]) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        text = io.StringIO(newline="")
-        csv.writer(text).writerows(rows)
-        write_whole(path, text.getvalue())
-        print(f"written: {path}")

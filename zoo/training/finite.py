@@ -16,6 +16,32 @@ from operators import DecoupledConv2d, decoupled_layers, diagnose
 MOST_SKIPPED = 25
 
 
+def stop_unless_finite(module: L.LightningModule, images: Tensor, loss: Tensor) -> None:
+    """Stop the training before a step that is not finite changes the weights.
+
+    Args:
+        images: of the step.
+        loss: of these images.
+
+    Raises:
+        FloatingPointError: the loss or a gradient is not finite; the message names the step and the layer.
+    """
+    trainer = module.trainer
+    # Loss scaling for float16 finds infinite gradients itself, and skips the step.
+    if trainer.precision == "16-mixed":
+        return
+    gradients = {name: value.grad for name, value in module.model.named_parameters() if value.grad is not None}
+    finite = torch.nn.utils.get_total_norm(gradients.values()).isfinite() & loss.isfinite()
+    # Where processes have a part of the gradients each, all stop if one must.
+    if trainer.strategy.reduce_boolean_decision(bool(finite)):
+        return
+    told = explanation(module, images, gradients, trainer.precision_plugin.forward_context)
+    raise FloatingPointError(
+        f"training stopped at step {module.global_step} (epoch {module.current_epoch + 1}, batch "
+        f"{trainer.fit_loop.epoch_loop.batch_idx + 1}) before it changed the weights: {told}"
+    )
+
+
 def first_bad_layer(
     model: nn.Module, images: Tensor, precision: Callable[[], AbstractContextManager] = nullcontext
 ) -> str | None:

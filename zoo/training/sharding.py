@@ -1,24 +1,32 @@
 """Dividing a network among processes (FSDP2: Zhao et al., PyTorch FSDP, 2023)."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 
+from zoo.resuming.lightning_internals import saves_in_parts
 
-def check_sharding(strategy: ModelParallelStrategy, processes: int) -> None:
+
+def check_sharding(strategy: ModelParallelStrategy, processes: int, settings: Mapping[str, Any]) -> None:
     """Refuse settings of the strategy with which a network is not divided among all, or not saved as a whole.
 
     Raises:
-        ValueError: tensor parallelism, or checkpoints of several files.
+        ValueError: tensor parallelism, checkpoints of several files, or settings of ``Classifier`` that cannot be had
+            with sharded weights.
     """
+    if refused := [name for name in ("compile", "ema", "orthogonality") if settings[name]]:
+        raise ValueError(f"a network whose weights are sharded can have no {' and no '.join(refused)}; leave it out")
     if strategy.device_mesh["data_parallel"].size() != processes:
         raise ValueError(
             "the network is not divided among tensor-parallel processes: set --trainer.strategy.data_parallel_size "
             f"to the number of all processes, {processes}, and tensor_parallel_size to 1"
         )
-    if strategy._save_distributed_checkpoint:
+    if saves_in_parts(strategy):
         raise ValueError(
             "a checkpoint is one file with the whole network: --trainer.strategy.save_distributed_checkpoint false"
         )

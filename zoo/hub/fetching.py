@@ -1,4 +1,4 @@
-"""Checkpoints in repositories of the Hugging Face Hub: fetched into its cache, from one commit, in bounded time."""
+"""Fetching a checkpoint from the Hugging Face Hub into its cache, from one commit, in bounded time."""
 
 import contextlib
 import contextvars
@@ -16,26 +16,22 @@ from typing import TypeVar
 import huggingface_hub
 from huggingface_hub import constants, errors
 from huggingface_hub.file_download import repo_folder_name
-from huggingface_hub.utils import tqdm, validate_repo_id
+from huggingface_hub.utils import tqdm
 
 from zoo.errors import DamagedError, HubError
-
-# The files of a checkpoint, in the order in which they are fetched; the last one is not needed to load it.
-CONFIG, WEIGHTS, CARD = FILES = ("config.json", "model.safetensors", "README.md")
+from zoo.files import write_whole
+from zoo.hub.repository import CARD, COMMIT, CONFIG, LARGEST_TEXT, WEIGHTS, is_revision
 
 # The client itself can wait for minutes on a server that says nothing, and without end on one that says little.
 SECONDS_TO_ANSWER, SECONDS_A_PIECE = 10, 20
-# For the whole process: the client tells of a file in pieces of so many bytes, not ten times as many, which take long
-# on a slow line.
+
+# The client, for the whole process, tells of a file in pieces of so many bytes: ten times as many, its default, take
+# long on a slow line.
 constants.DOWNLOAD_CHUNK_SIZE = 1 << 20
 
-# Bytes that config.json and the card may have; the names of 22,000 classes take 1 MB.
-LARGEST_TEXT = 1 << 24
-
-COMMIT = "[0-9a-f]{40}"
-
-# Of requests that a busy server refuses, and how long we wait at most before each, in seconds.
+# Requests that a busy server refuses are repeated so often, after so many seconds at most.
 RETRIES, LONGEST_WAIT = 2, 3
+
 BUSY = (429, 500, 502, 503, 504)
 
 Value = TypeVar("Value")
@@ -43,20 +39,6 @@ Value = TypeVar("Value")
 
 class OutOfTime(Exception):
     """The Hub did not answer in the time that it was given."""
-
-
-def is_repository(name: str) -> bool:
-    """Return whether ``name`` has the form ``owner/name``, and the Hub allows it."""
-    try:
-        validate_repo_id(name)
-    except errors.HFValidationError:
-        return False
-    return "/" in name
-
-
-def is_revision(name: str) -> bool:
-    """Return whether ``name`` may be that of a branch or tag."""
-    return bool(re.fullmatch(r"[\w.-]+(/[\w.-]+)*", name)) and ".." not in name
 
 
 def fetch(repository: str, *, revision: str | None = None, local_files_only: bool = False, renew: bool = False) -> Path:
@@ -182,9 +164,7 @@ def _remember(folder: Path, revision: str) -> None:
         # A cache that cannot be written can still be read.
         with contextlib.suppress(OSError):
             path.parent.mkdir(parents=True, exist_ok=True)
-            draft = path.with_name(f"{path.name}.{os.getpid()}.part")
-            draft.write_text(folder.name)
-            draft.replace(path)
+            write_whole(path, folder.name)
 
 
 def _cached(repository: str, revision: str | None) -> Path | None:
@@ -193,7 +173,7 @@ def _cached(repository: str, revision: str | None) -> Path | None:
     try:
         cached = huggingface_hub.try_to_load_from_cache
         paths = [cached(repository, file, revision=revision) for file in (CONFIG, WEIGHTS)]
-    # What the cache remembers of a branch is damaged, or may not be read.
+    # The cache's memory of a branch is damaged, or may not be read.
     except (OSError, ValueError):
         return None
     return Path(paths[0]).parent if all(isinstance(path, str) for path in paths) else None

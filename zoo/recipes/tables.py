@@ -14,14 +14,15 @@ import torch
 import yaml
 
 from operators.lookup import look_up
-from zoo.checkpoints.loading import write_whole
-from zoo.experiments.measures import MEASURES, Answers
-from zoo.experiments.recipes import CONFIGS, LEAST_SECONDS, Device, Trained, train
+from zoo.files import write_whole
 from zoo.provenance import origin
+from zoo.recipes.measures import MEASURES, ModelOutputs
+from zoo.recipes.recipe import CHECKOUT, CONFIGS, LEAST_SECONDS, Trained, train
+from zoo.training.device import Device
 from zoo.training.export import trained_model
 
 TABLES = CONFIGS / "tables"
-RESULTS = CONFIGS.parent / "results" / "tables"
+RESULTS = CHECKOUT / "results" / "tables"
 WORK = Path("outputs/tables")
 
 # A network that names the class hardly more often than by chance has not converged.
@@ -49,7 +50,7 @@ class Table:
     """An experiment of ``configs/tables``.
 
     Attributes:
-        metrics: names of :data:`zoo.experiments.measures.MEASURES`.
+        metrics: names of :data:`zoo.recipes.measures.MEASURES`.
         rows, columns: their names in order; each is a part of the recipe.
         paper: the paper's numbers of a (row, column), those of the first metrics; a string for none, as "N/C".
         paper_data: what the paper's numbers were measured on.
@@ -210,17 +211,17 @@ def measured(table: Table, cell: Cell, trained: Trained, device: Device) -> dict
     if trained.finished:
         model, record = trained_model(trained.checkpoint)
         attacked = data.evenly_spaced("test", cell.attacked)
-        answers = Answers.collect(model.to(device.name), data.evaluation_batches("test"), attacked)
-        numbers = {name: MEASURES[name].of(answers) for name in table.metrics}
+        outputs = ModelOutputs.collect(model.to(device.name), data.evaluation_batches("test"), attacked)
+        numbers = {name: MEASURES[name].of(outputs) for name in table.metrics}
         result |= {name: value if math.isfinite(value) else None for name, value in numbers.items()}
         chance = 100 / len(model.class_names)
-        result["converged"] = 100 - answers.error() > TIMES_CHANCE * chance and all(
+        result["converged"] = 100 - outputs.error() > TIMES_CHANCE * chance and all(
             map(math.isfinite, numbers.values())
         )
-        result |= {"test_images": len(answers.labels)}
-        result |= {name: record["training"][name] for name in ("hardware", "torch", "commit")}
+        result |= {"test_images": len(outputs.labels)}
+        result |= {name: record.training[name] for name in ("hardware", "torch", "commit")}
         if "spread" in table.metrics and result["converged"]:
-            result["features"] = answers.drawn_features()
+            result["features"] = outputs.drawn_features()
     result["epochs"] = [
         {name: value if math.isfinite(value) else None for name, value in epoch.items()} for epoch in trained.epochs
     ]

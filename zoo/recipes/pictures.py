@@ -1,4 +1,4 @@
-"""Pictures: the operators' curves, classified images, and the paper's tables."""
+"""Pictures of operators, of classified images and of the paper's tables."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -11,9 +11,8 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from operators import ANGULARS, MAGNITUDES, OperatorConfig
+from zoo.figures import STYLE, WRONG, write_figure
 
-STYLE = {"axes.spines.top": False, "axes.spines.right": False, "font.size": 10}
-WRONG = "tab:red"
 REFERENCE = {"color": "black", "linestyle": "--", "linewidth": 1, "label": "convolution"}
 
 
@@ -48,7 +47,7 @@ def plot_operators(path: Path) -> None:
     draw_magnitudes(left, [OperatorConfig(magnitude, "cosine") for magnitude in MAGNITUDES])
     # With the default B = 2, power would lie on square_cosine.
     draw_angulars(right, [OperatorConfig("sphere", angular, power=4) for angular in ANGULARS])
-    _write(figure, path)
+    write_figure(figure, path)
 
 
 @matplotlib.rc_context(STYLE)
@@ -84,7 +83,7 @@ def plot_predictions(
     above, below = right.subplots(2, 1)
     draw_magnitudes(above, [operator] if operator else [])
     draw_angulars(below, [operator] if operator else [])
-    _write(figure, path)
+    write_figure(figure, path)
 
 
 @matplotlib.rc_context(STYLE)
@@ -119,7 +118,7 @@ def plot_table(
         axes.grid(axis="y", linewidth=0.3)
         axes.set_axisbelow(True)
     axes.invert_yaxis()
-    # Once all is drawn, for it ends what the other end adapts to.
+    # The axis is cut when all is drawn, since its other end would no longer adapt.
     if from_zero:
         axes.set_xlim(left=0)
     for index, column in enumerate(columns):
@@ -131,7 +130,7 @@ def plot_table(
         )
         title = "× not converged" if crossed else None
         axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.02, 1), title=title)
-    _write(figure, path)
+    write_figure(figure, path)
 
 
 @matplotlib.rc_context(STYLE)
@@ -143,87 +142,4 @@ def plot_features(panels: Mapping[str, Sequence[Sequence[float]]], path: Path) -
         horizontal, vertical, labels = zip(*features, strict=True)
         points = axes.scatter(horizontal, vertical, c=labels, cmap="tab10", s=3)
     figure.colorbar(points, label="class", ticks=sorted(set(labels)))
-    _write(figure, path)
-
-
-@matplotlib.rc_context(STYLE)
-def plot_curves(
-    curves: Mapping[str, Mapping[float, float]], fgsm: Mapping[str, Mapping[float, float]], eps: float, path: Path
-) -> None:
-    """Write a PNG of the accuracy over ε, in grey levels, one colour a checkpoint.
-
-    Args:
-        curves: under PGD, for each checkpoint by ε; the first one is drawn above the others.
-        fgsm: likewise under FGSM, dashed.
-        eps: of the headline, which is marked.
-    """
-    figure = Figure(figsize=(10, 4.2), layout="constrained")
-    axes = figure.subplots()
-    for place, name in enumerate(curves):
-        for shares, style in ((curves[name], {"label": name, "marker": "o"}), (fgsm[name], {"linestyle": "--"})):
-            levels, accuracies = [255 * at for at in shares], [100 * share for share in shares.values()]
-            axes.plot(levels, accuracies, color=_colour(name, place), markersize=4, zorder=3 - place / 100, **style)
-    axes.plot([], [], color="grey", marker="o", markersize=4, label="PGD-50, one start, two losses")
-    axes.plot([], [], color="grey", linestyle="--", label="FGSM")
-    axes.axvline(255 * eps, color="grey", linewidth=0.8, linestyle=":", label="ε of the headline")
-    axes.set_xscale("symlog", base=2, linthresh=1)
-    axes.set_xticks([0, 1, 2, 4, 8, 16, 32, 64, 128], ["0", "1", "2", "4", "8", "16", "32", "64", "128"])
-    axes.set(
-        xlabel="largest change of a pixel ε, in levels of 255", ylabel="accuracy, %", xlim=(-0.1, 140), ylim=(-2, 102)
-    )
-    axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
-    _write(figure, path)
-
-
-@matplotlib.rc_context(STYLE)
-def plot_efforts(efforts: Mapping[str, Sequence[float]], path: Path) -> None:
-    """Write a PNG of how far in L2 the nearest mistakes are: for each checkpoint quartiles and every image."""
-    figure = Figure(figsize=(8, 1.2 + 0.5 * len(efforts)), layout="constrained")
-    axes = figure.subplots()
-    axes.boxplot(list(efforts.values()), orientation="horizontal", tick_labels=list(efforts), showfliers=False)
-    for place, lengths in enumerate(efforts.values(), 1):
-        axes.scatter(lengths, [place + 0.3] * len(lengths), s=6, alpha=0.5, color="C0")
-    axes.set(xlabel="L2 distance of an image (a dot) to the nearest mistake", xlim=(0, None))
-    axes.invert_yaxis()
-    _write(figure, path)
-
-
-@matplotlib.rc_context(STYLE)
-def plot_attacked(
-    images: Tensor, moved: Tensor, names: Sequence[str], mistaken: Sequence[str], title: str, path: Path
-) -> None:
-    """Write a PNG of images, what was added to them, amplified, and the sums, with the predicted classes.
-
-    Args:
-        images, moved: (N, C, H, W) in [0, 1].
-        names, mistaken: what the network calls them.
-    """
-    figure = Figure(figsize=(1 + 1.7 * len(images), 5.2), layout="constrained")
-    figure.suptitle(title)
-    change = moved - images
-    factor = 0.5 / change.abs().max().clamp_min(1e-12)
-    amplified = 0.5 + factor * change
-    grid = figure.subplots(3, len(images), squeeze=False)
-    for row, (kind, pictures, titles) in enumerate(
-        [("image", images, names), (f"change × {factor:.0f}", amplified, [""] * len(names)), ("sum", moved, mistaken)]
-    ):
-        for column, (axes, picture, text) in enumerate(zip(grid[row], pictures, titles, strict=True)):
-            axes.imshow(picture.permute(1, 2, 0).numpy(), cmap="gray", vmin=0, vmax=1)
-            axes.set_title(text, fontsize=9, color=WRONG if row == 2 and text != names[column] else "black")
-            axes.set_xticks([])
-            axes.set_yticks([])
-            if column == 0:
-                axes.set_ylabel(kind)
-    _write(figure, path)
-
-
-def _colour(name: str, place: int) -> str:
-    """Return a checkpoint's colour: black for a plain one, that of its magnitude, alike in all pictures, or any."""
-    if name.endswith("_conv"):
-        return "black"
-    return next((f"C{index}" for index, kind in enumerate(MAGNITUDES) if f"_{kind}_" in name), f"C{place}")
-
-
-def _write(figure: Figure, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    write_figure(figure, path)

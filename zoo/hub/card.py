@@ -1,11 +1,14 @@
-"""Markdown: the model card of a checkpoint, generated from its ``config.json``, and tables."""
+"""The model card of a checkpoint, generated from its ``config.json``."""
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
+
+from zoo.markdown import markdown_table
+from zoo.models.names import twin_of
 
 # The Hub's names of data sets, by those of our data modules.
 HUB_DATASETS = {"MNIST": "ylecun/mnist", "CIFAR10": "uoft-cs/cifar10", "CIFAR100": "uoft-cs/cifar100"}
@@ -31,20 +34,30 @@ def model_card(config: Mapping[str, Any]) -> str:
         "normalisation is inside the model.",
         "",
         "```python",
-        "from PIL import Image",
-        "",
         "import zoo",
         "",
-        '# Of a Hub repository: "owner/name"; for one that zoo.list_checkpoints() names, its name will do.',
+        '# A Hub repository is called "owner/name"; one that zoo.list_checkpoints() has, by its name.',
         f'model = zoo.load("path/to/{name}")',
-        'image = model.transform(Image.open("image.png"))',
-        "probabilities = model(image[None]).softmax(1)[0]",
+        'for name, probability in model.classify("image.png"):',
+        '    print(f"{name}: {probability:.1%}")',
         "```",
         "",
         "`zoo` is that of decoupled-zoo. After `import zoo`, timm loads a Hub repository, too: "
         '`timm.create_model("hf-hub:owner/name", pretrained=True)`, whose images have to be normalised.',
         "",
     ]
+    lines.append(markdown_table(("", ""), _facts(config, plain)))
+    if data := config["training"].get("data"):
+        title = data["arguments"].get("title") or data["name"]
+        lines += ["", f"The weights were trained on {title}, whose terms they follow: {config['licence']}."]
+    if not plain:
+        twin = twin_of(name, operator_name)
+        lines += ["", f"Compare it with its twin of ordinary convolutions, `{twin}`, where that is published."]
+    return "\n".join(lines) + "\n"
+
+
+def _facts(config: Mapping[str, Any], plain: bool) -> list[tuple[str, str]]:
+    """Return the rows of the card's table: what it is, and its value."""
     facts = [
         (
             f"{metric['name']} on {metric['dataset']}, {metric['split']} split, {metric['images']:,} images",
@@ -72,7 +85,7 @@ def model_card(config: Mapping[str, Any]) -> str:
             )
             facts.append((what, f"{rate:,.0f}{beside}"))
     if not plain:
-        facts.append(("operator", f"`{json.dumps(operator)}`"))
+        facts.append(("operator", f"`{json.dumps(config['operator'])}`"))
     if "layer_settings" in config:
         facts.append(("settings of single layers", f"{len(config['layer_settings'])} layers, listed in `config.json`"))
     for key, value in config["training"].items():
@@ -82,14 +95,7 @@ def model_card(config: Mapping[str, Any]) -> str:
         ("licence of the weights", config["licence"]),
         ("sha256 of `model.safetensors`", f"`{config['sha256']}`"),
     ]
-    lines.append(markdown_table(("", ""), facts))
-    if data := config["training"].get("data"):
-        title = data["arguments"].get("title") or data["name"]
-        lines += ["", f"The weights were trained on {title}, whose terms they follow: {config['licence']}."]
-    if not plain:
-        twin = name.removesuffix(operator_name) + "conv"
-        lines += ["", f"Compare it with its twin of ordinary convolutions, `{twin}`, where that is published."]
-    return "\n".join(lines) + "\n"
+    return facts
 
 
 def metadata(config: Mapping[str, Any], architecture: str, operator_name: str) -> ModelCardData:
@@ -124,13 +130,6 @@ def metadata(config: Mapping[str, Any], architecture: str, operator_name: str) -
         model_name=config["name"] if results else None,
         eval_results=results or None,
     )
-
-
-def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Return a table in Markdown, in which bars and line breaks of the cells are no more than that."""
-    lines = (header, ["---"] * len(header), *rows)
-    escaped = ([" ".join(cell.replace("|", r"\|").split()) for cell in cells] for cells in lines)
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in escaped)
 
 
 def _names(names: Sequence[str]) -> str:

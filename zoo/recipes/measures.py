@@ -4,21 +4,20 @@ import dataclasses
 from collections.abc import Callable, Iterable
 
 import torch
-from scipy.stats import binomtest
 from torch import Tensor
 
-from zoo.models.building import ImageModel
-from zoo.robustness.probes import PROBES, Subject, exact_arithmetic
+from zoo.models.image_model import ImageModel
+from zoo.robustness.probes import PROBES, ModelUnderAttack, exact_arithmetic
+from zoo.robustness.protocol import EPS
 
-# In units of pixels; the paper does not tell its own.
-EPS = 8 / 255
 ATTACKED_BATCH = 50
+
 # Features of so many images are enough to see their shape in a plot.
 DRAWN = 1000
 
 
 @dataclasses.dataclass(frozen=True)
-class Answers:
+class ModelOutputs:
     """What a network says of images.
 
     Attributes:
@@ -41,8 +40,8 @@ class Answers:
         model: ImageModel,
         batches: Iterable[tuple[Tensor, Tensor]],
         attacked: tuple[Tensor, Tensor] | None = None,
-    ) -> "Answers":
-        """Return the answers to each batch, in evaluation mode on the model's device; the tensors are on the CPU."""
+    ) -> "ModelOutputs":
+        """Return the outputs for each batch, in evaluation mode on the model's device; the tensors are on the CPU."""
         logits, features, labels = [], [], []
         classifier = model.eval().network.get_classifier()
         hook = classifier.register_forward_pre_hook(lambda _, inputs: features.append(inputs[0].cpu()))
@@ -67,10 +66,10 @@ class Answers:
     def attack(self, probe: str) -> Tensor:
         """Return what a probe of ``zoo.robustness.probes`` finds of each attacked image, at ε = 8/255."""
         images, labels = (tensor.to(self.model.mean.device) for tensor in self.attacked)
-        subject = Subject(self.model)
+        attacked = ModelUnderAttack(self.model)
         parts = zip(images.split(ATTACKED_BATCH), labels.split(ATTACKED_BATCH), strict=True)
         with exact_arithmetic():
-            return torch.cat([PROBES[probe](subject, *part, EPS, seed).cpu() for seed, part in enumerate(parts)])
+            return torch.cat([PROBES[probe](attacked, *part, EPS, seed).cpu() for seed, part in enumerate(parts)])
 
     def effort(self) -> float:
         """Return the median L2 distance to the nearest mistake that DeepFool or DDN finds, of images named right."""
@@ -103,23 +102,17 @@ class Answers:
 class Measure:
     """A measure's function and its title in a table."""
 
-    of: Callable[[Answers], float]
+    of: Callable[[ModelOutputs], float]
     title: str
 
 
 MEASURES = {
-    "error": Measure(Answers.error, "test error, %"),
-    "top5_error": Measure(Answers.top5_error, "top-5 error, %"),
-    "accuracy": Measure(Answers.accuracy, "accuracy without an attack, %"),
-    "fgsm": Measure(lambda answers: 100 * answers.attack("fgsm").mean().item(), "under FGSM, %"),
-    "bim": Measure(lambda answers: 100 * answers.attack("bim").mean().item(), "under BIM, %"),
-    "pgd": Measure(lambda answers: 100 * answers.attack("curve").mean().item(), "under PGD-50, two losses, %"),
-    "effort": Measure(Answers.effort, "median L2 distance to the nearest mistake"),
-    "spread": Measure(Answers.spread, "spread within a class ÷ distance between classes"),
+    "error": Measure(ModelOutputs.error, "test error, %"),
+    "top5_error": Measure(ModelOutputs.top5_error, "top-5 error, %"),
+    "accuracy": Measure(ModelOutputs.accuracy, "accuracy without an attack, %"),
+    "fgsm": Measure(lambda outputs: 100 * outputs.attack("fgsm").mean().item(), "under FGSM, %"),
+    "bim": Measure(lambda outputs: 100 * outputs.attack("bim").mean().item(), "under BIM, %"),
+    "pgd": Measure(lambda outputs: 100 * outputs.attack("curve").mean().item(), "under PGD-50, two losses, %"),
+    "effort": Measure(ModelOutputs.effort, "median L2 distance to the nearest mistake"),
+    "spread": Measure(ModelOutputs.spread, "spread within a class ÷ distance between classes"),
 }
-
-
-def interval(share: float, count: int) -> tuple[float, float]:
-    """Return Wilson's 95 % confidence interval of a share measured on ``count`` images."""
-    low, high = binomtest(round(share * count), count).proportion_ci(method="wilson")
-    return float(low), float(high)

@@ -1,26 +1,28 @@
 """What stands in README and docs about trained networks, generated from checkpoint folders and ``results/tables``."""
 
 import math
-import re
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import zoo
-from zoo.checkpoints.card import markdown_table
-from zoo.checkpoints.loading import PRETRAINED, WEIGHTS, read_config, write_whole
-from zoo.experiments.measures import MEASURES, interval
-from zoo.experiments.pictures import plot_features, plot_table
-from zoo.experiments.recipes import recipes
-from zoo.experiments.tables import RESULTS, Table, list_tables, read_results, read_table
-from zoo.models.building import PLAIN
-from zoo.robustness.report import draw as draw_robustness
-from zoo.robustness.report import family_blocks, published_families
+from zoo.checkpoints.catalogue import PRETRAINED
+from zoo.checkpoints.config import read_config
+from zoo.files import write_whole
+from zoo.hub.repository import WEIGHTS
+from zoo.markdown import filled, markdown_table
+from zoo.models.spec import PLAIN
+from zoo.recipes.measures import MEASURES
+from zoo.recipes.pictures import plot_features, plot_table
+from zoo.recipes.recipe import CHECKOUT, recipes
+from zoo.recipes.robustness_pages import family_blocks, published_families
+from zoo.recipes.tables import RESULTS, Table, list_tables, read_results, read_table
+from zoo.robustness.pictures import draw as draw_robustness
+from zoo.statistics import interval
 
-ROOT = Path(__file__).resolve().parents[2]
-README, PAGE = ROOT / "README.md", ROOT / "docs" / "results.md"
-ROBUSTNESS_PAGE = ROOT / "docs" / "robustness.md"
+README, PAGE = CHECKOUT / "README.md", CHECKOUT / "docs" / "results.md"
+ROBUSTNESS_PAGE = CHECKOUT / "docs" / "robustness.md"
 
 # The tiny scale only shows that a table can be trained.
 SHOWN = ("full", "small")
@@ -37,10 +39,10 @@ def write_reports() -> list[Path]:
         table = read_table(name)
         results = shown_results(table)[1]
         if any(result["converged"] for result in results):
-            pictures.append(ROOT / "docs" / f"{name}.png")
+            pictures.append(CHECKOUT / "docs" / f"{name}.png")
             draw(table, results, pictures[-1])
     for family, results in published_families().items():
-        pictures += draw_robustness(results, ROOT / "docs" / f"robustness_{family}")
+        pictures += draw_robustness(results, CHECKOUT / "docs" / f"robustness_{family}")
     blocks = report_blocks()
     pages = [README, PAGE, ROBUSTNESS_PAGE]
     for path in pages:
@@ -56,21 +58,6 @@ def report_blocks() -> dict[str, str]:
         scale, results = shown_results(table)
         blocks[name] = "\n\n".join([table_markdown(table, results), provenance(table, scale, results), table.verdict])
     return blocks | family_blocks()
-
-
-def filled(text: str, blocks: Mapping[str, str], others: str = r"smoothness\w*") -> str:
-    """Return the text with what stands between ``<!-- begin NAME -->`` and ``<!-- end NAME -->`` replaced.
-
-    Raises:
-        KeyError: a name that is not among the blocks, and does not match ``others``, those that something else fills.
-    """
-
-    def block(found: re.Match[str]) -> str:
-        if found[1] not in blocks and re.fullmatch(others, found[1]):
-            return found[0]
-        return f"<!-- begin {found[1]} -->\n\n{blocks[found[1]]}\n\n<!-- end {found[1]} -->"
-
-    return re.sub(r"<!-- begin (\w+) -->.*?<!-- end \1 -->", block, text, flags=re.DOTALL)
 
 
 def zoo_table() -> str:
@@ -147,7 +134,7 @@ def provenance(table: Table, scale: str, results: Results) -> str:
     def distinct(values: Iterable[str]) -> str:
         return ", ".join(dict.fromkeys(values))
 
-    # Those stopped by a gradient that is not finite have neither all epochs nor a test.
+    # Networks stopped by a gradient that is not finite have neither all epochs nor a test.
     finished = [result for result in results if result["test_images"]]
     networks = distinct(_network(result["recipe"]) for result in results)
     lengths = [f"{len(result['epochs'])} epochs of {result['images_per_epoch']:,} images" for result in finished]

@@ -1,0 +1,269 @@
+"""Commands on checkpoint folders: list, verify, cards, export, convert, measure, publish."""
+
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+import zoo
+from operators import ConversionReport, calibrate
+from zoo.checkpoints.catalogue import PRETRAINED, find_local
+from zoo.checkpoints.config import read_config
+from zoo.checkpoints.publishing import publish as publish_folder
+from zoo.checkpoints.saving import check_absent
+from zoo.checkpoints.starting_points import licence_of, start_from
+from zoo.commands.arguments import Commands, add_new_folder, checkpoint_name
+from zoo.data.augmentation import to_float
+from zoo.data.image_files import sample_files
+from zoo.data.measuring import data_for, measured_data
+from zoo.data.measuring import measure as measure_folder
+from zoo.data.registry import DATA
+from zoo.files import write_whole
+from zoo.hub.card import model_card
+from zoo.hub.repository import CARD
+from zoo.models.conversion import convert as convert_model
+from zoo.models.names import check_name, operator_in
+from zoo.models.spec import PLAIN
+from zoo.provenance import command_of, origin, portable, program
+from zoo.training.export import export as export_folder
+from zoo.training.network import CALIBRATION_IMAGES
+
+# The quantile of the norms that becomes the radius unless another is asked for.
+QUANTILE = 0.99
+
+
+def add_commands(commands: Commands) -> None:
+    """Add the commands and what they take."""
+    command = commands.add_parser("list", help="show the embedded checkpoints and what was measured")
+    command.set_defaults(function=show_list)
+
+    command = commands.add_parser("verify", help="recompute what checkpoints claim; exit status 1 if anything differs")
+    command.add_argument("names", nargs="*", metavar="NAME", help="names or folders; all embedded ones by default")
+    command.add_argument("--accuracy", action="store_true", help="measure the test accuracy again, too")
+    command.add_argument("--root", help="the folder of the images, if the checkpoint's data is not Digits")
+    command.set_defaults(function=verify)
+
+    command = commands.add_parser("cards", help="write the model cards again from their config.json")
+    command.add_argument("names", nargs="*", metavar="NAME", help="names or folders; all embedded ones by default")
+    command.set_defaults(function=write_cards)
+
+    add_export(commands)
+    add_convert(commands)
+    add_measure(commands)
+    add_publish(commands)
+
+
+def add_export(commands: Commands) -> None:
+    command = commands.add_parser("export", help="make a checkpoint folder from a Lightning checkpoint")
+    command.add_argument("checkpoint", type=Path, help="the Lightning checkpoint (.ckpt) that train.py wrote")
+    command.add_argument(
+        "name", type=checkpoint_name, help="<data>_<architecture>_<operator>, e.g. digits_cnn6_tanh_cosine"
+    )
+    command.add_argument("--root", help="the folder of the images, if it has moved since the training")
+    command.add_argument("--licence", help="of the weights, e.g. CC-BY-4.0; by default that of the images")
+    command.add_argument("--half", action="store_true", help="store the weights in float16, rounded before measuring")
+    add_new_folder(command)
+    command.set_defaults(function=export)
+
+
+def add_convert(commands: Commands) -> None:
+    command = commands.add_parser("convert", help="make a decoupled checkpoint folder from a trained plain network")
+    command.description = "Convert a trained plain network, save it as a checkpoint folder, and show the report."
+    command.add_argument("source", help="timm:NAME, a checkpoint of the zoo, a folder, or a Hub repository")
+    command.add_argument(
+        "name", type=checkpoint_name, help="<data>_<architecture>_<operator>, e.g. imagenet_resnet50_tanh_cosine"
+    )
+    command.add_argument(
+        "--operator", help="the operator, weighted by the filters' norms, or conv; by default that in NAME"
+    )
+    command.add_argument("--weights", type=Path, help="a file (.safetensors, .pth) with the weights of timm:NAME")
+    command.add_argument("--classes", type=Path, help="a text file with the name of each class, one a line")
+    command.add_argument("--images", type=Path, help="a file or folder of images to calibrate the network on")
+    command.add_argument(
+        "--quantile", type=float, help=f"of the norms that become the radius (default: {QUANTILE}); only with --images"
+    )
+    command.add_argument("--licence", help="of the weights; by default that of the source, if it is known")
+    add_new_folder(command)
+    command.set_defaults(function=convert)
+
+
+def add_measure(commands: Commands) -> None:
+    command = commands.add_parser("measure", help="measure a checkpoint folder's accuracy, e.g. of a converted one")
+    command.description = "Measure a checkpoint on validation and test images, and record it in its config and card."
+    command.add_argument("name", help="the checkpoint's folder or name")
+    command.add_argument("--data", help=f"one of {', '.join(DATA)}; by default what was measured on, else ImageFolder")
+    command.add_argument("--root", help="the folder of the images, for an ImageFolder that with train/ and val/")
+    command.add_argument("--title", help="of an ImageFolder, as shown beside the numbers; by default its folder's name")
+    command.add_argument("--licence", help="of the weights, to be recorded, too")
+    command.set_defaults(function=measure)
+
+
+def add_publish(commands: Commands) -> None:
+    command = commands.add_parser("publish", help="put a checkpoint into a repository of the Hugging Face Hub")
+    command.description = "Check a checkpoint, put it into a Hub repository in one commit, and print the commit to pin."
+    command.add_argument("name", help="the checkpoint's name or folder")
+    command.add_argument("--repo-id", required=True, metavar="OWNER/NAME", help="the repository; made if there is none")
+    command.add_argument("--private", action="store_true", help="make the repository private")
+    command.add_argument("--revision", help="a branch, made from main if there is none (default: main)")
+    command.add_argument("--dry-run", action="store_true", help="only say what is missing; no request is made")
+    command.set_defaults(function=publish)
+
+
+def show_list() -> None:
+    """Show the embedded checkpoints and what was measured."""
+    table = Table("checkpoint", "data", "accuracy", "images", "parameters")
+    table.columns[0].no_wrap = True
+    for name in zoo.list_checkpoints():
+        config = read_config(PRETRAINED / name)
+        for metric in config["metrics"]:
+            data, value = f"{metric['dataset']}, {metric['split']}", f"{metric['value']:.4f}"
+            table.add_row(name, data, value, f"{metric['images']:,}", f"{config['parameters']:,}")
+    Console().print(table)
+
+
+def verify(names: Sequence[str], *, accuracy: bool = False, root: str | None = None) -> int:
+    """Recompute what checkpoints claim, all embedded ones by default; return 1 if anything differs."""
+    failed = False
+    for name in names or zoo.list_checkpoints():
+        try:
+            problems = zoo.verify(name, *(_recorded_batches(name, root) if accuracy else ()))
+        # Images that are not there, or a damaged folder: the other checkpoints can be verified all the same.
+        except (FileNotFoundError, zoo.CheckpointError) as error:
+            problems = [str(error)]
+        print(f"{name}: {'; '.join(problems) or _found(name, accuracy)}")
+        failed = failed or bool(problems)
+    return int(failed)
+
+
+def _found(name: str, accuracy: bool) -> str:
+    """Return what was found of a checkpoint that is what it claims to be."""
+    if not accuracy:
+        return "ok"
+    metric = read_config(zoo.find(name))["metrics"][-1]
+    return f"ok, {metric['split']} accuracy {metric['value']:.4f} on {metric['images']:,} images, as recorded"
+
+
+def _recorded_batches(name: str, root: str | None) -> tuple[Iterator[tuple[Tensor, Tensor]], str]:
+    """Return the images that a checkpoint was measured on last, and the name of their split."""
+    data = measured_data(name, root)
+    split = read_config(zoo.find(name))["metrics"][-1]["split"]
+    return data.evaluation_batches(split), split
+
+
+def write_cards(names: Sequence[str]) -> None:
+    """Write the model cards of checkpoints, all embedded ones by default, from their config.json."""
+    for name in names or zoo.list_checkpoints():
+        folder = find_local(name)
+        write_whole(folder / CARD, model_card(read_config(folder)))
+        print(f"written: {folder / CARD}")
+
+
+def export(
+    checkpoint: Path,
+    name: str,
+    *,
+    to: Path,
+    root: str | None = None,
+    licence: str | None = None,
+    half: bool = False,
+    overwrite: bool = False,
+) -> None:
+    """Make a checkpoint folder, ``to / name``, from a Lightning checkpoint, and show what was measured."""
+    precision = "float16" if half else "float32"
+    settings = {"root": root, "licence": licence, "precision": precision, "overwrite": overwrite}
+    _show_metrics(export_folder(checkpoint, to / name, **settings))
+    print(f"written: {to / name}")
+
+
+def convert(
+    source: str,
+    name: str,
+    *,
+    to: Path,
+    operator: str | None = None,
+    weights: Path | None = None,
+    classes: Path | None = None,
+    images: Path | None = None,
+    quantile: float | None = None,
+    licence: str | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Convert a trained plain network, save it as a checkpoint folder, ``to / name``, and show the report."""
+    folder = to / name
+    # This is looked at before the weights are fetched, which can take minutes.
+    check_absent(folder, overwrite)
+    model = start_from(source, weights=weights)
+    architecture = model.spec.architecture
+    operator = operator or operator_in(name, architecture) or "<operator>"
+    check_name(name, architecture, operator)
+    if quantile is not None and not images:
+        raise ValueError("--quantile says how to calibrate, which needs --images")
+    if classes:
+        model.rename_classes(_read_classes(classes, len(model.class_names)))
+    report = None if operator == PLAIN else convert_model(model, operator)
+    calibration = "not calibrated (--images), so train it before use"
+    if report is None and images:
+        raise ValueError("a plain network is not calibrated; leave out --images, or choose an operator")
+    if images:
+        sample = to_float(sample_files(images, CALIBRATION_IMAGES, model.transform))
+        _, calibration = calibrate(model, [sample], QUANTILE if quantile is None else quantile)
+    command = command_of(*program("python -m zoo"), *sys.argv[1:])
+    training = {"converted_from": portable(source), "command": command, **origin(torch.device("cpu"))}
+    # Nothing is known of weights in a file.
+    licence = licence or ("not stated" if weights else licence_of(source))
+    zoo.save(model, folder, training=training, licence=licence, overwrite=overwrite)
+    if report is not None:
+        _show_report(report)
+        print(calibration)
+    print(f"written: {folder}")
+
+
+def _show_report(report: ConversionReport) -> None:
+    table = Table("layer", "kind", "outcome", title=str(report.operator))
+    for layer in report.layers:
+        table.add_row(layer.name, layer.kind, "converted" if layer.converted else layer.reason)
+    Console().print(table)
+
+
+def _read_classes(path: Path, count: int) -> list[str]:
+    """Read the names of ``count`` classes, each in a line of its own."""
+    names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    if len(names) != count or not all(names) or len(set(names)) < count:
+        raise ValueError(
+            f"{path} has {len(names)} lines, {len(set(names) - {''})} of them different names; the network has {count} "
+            "classes, each of which needs a name of its own, one a line"
+        )
+    return names
+
+
+def measure(
+    name: str, *, data: str | None = None, root: str | None = None, title: str | None = None, licence: str | None = None
+) -> None:
+    """Measure a checkpoint on validation and test images, and record that in its config and card."""
+    folder = find_local(name)
+    measured_before = not (data or root) and bool(read_config(folder)["metrics"])
+    kind = None if measured_before else data or "ImageFolder"
+    _show_metrics(measure_folder(name, data_for(name, kind, root, title)))
+    if licence:
+        zoo.record(name, licence=licence)
+    print(f"recorded: {folder}")
+
+
+def publish(
+    name: str, *, repo_id: str, private: bool = False, revision: str | None = None, dry_run: bool = False
+) -> None:
+    """Put a checkpoint into a Hub repository in one commit, and print the commit to pin."""
+    commit = publish_folder(name, repo_id, private=private, revision=revision, dry_run=dry_run)
+    if commit is None:
+        print(f"{name} is fit to be published")
+    else:
+        print(f"{repo_id} has it; to load it: zoo.load({repo_id!r}, revision={commit!r})")
+
+
+def _show_metrics(metrics: Iterable[zoo.Metric]) -> None:
+    for metric in metrics:
+        print(f"accuracy {metric.value:.4f} on {metric.dataset}, {metric.split} split, {metric.images:,} images")

@@ -1,0 +1,30 @@
+"""Commands on images: preflight."""
+
+from rich.console import Console
+from rich.table import Table
+
+from zoo.commands.arguments import Commands
+from zoo.data.folder import ImageFolder
+
+
+def add_commands(commands: Commands) -> None:
+    """Add the command and what it takes."""
+    command = commands.add_parser("preflight", help="open every image of a folder, and list all that cannot be read")
+    command.description = "Open every image of ROOT/train, val and test, and list all that cannot be read; then exit 1."
+    command.add_argument("root", metavar="ROOT", help="the folder that holds train, as for --data ImageFolder")
+    command.add_argument("--grey", action="store_true", help="for a network that takes one channel")
+    command.set_defaults(function=preflight)
+
+
+def preflight(root: str, *, grey: bool = False) -> int:
+    """Open every image of the folder, and list all that cannot be read; return 1 if there are any."""
+    survey = ImageFolder(root, in_chans=1 if grey else 3).survey()
+    table = Table("split", "images", "classes", "in the smallest", "cannot be read")
+    for split, (labels, broken) in survey.items():
+        counts = labels.bincount()
+        table.add_row(split, f"{len(labels):,}", str(len(counts)), f"{counts.min():,}", str(len(broken)))
+    Console().print(table)
+    reasons = {file: reason for _, broken in survey.values() for file, reason in broken.items()}
+    for file, reason in reasons.items():
+        print(f"{file}: {reason}")
+    return int(bool(reasons))

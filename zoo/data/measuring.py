@@ -1,0 +1,129 @@
+"""Accuracies of a checkpoint, and the images on which they were measured."""
+
+import dataclasses
+import inspect
+from pathlib import Path
+from typing import Any
+
+import zoo
+from operators.lookup import look_up
+from zoo.checkpoints.catalogue import find_local
+from zoo.checkpoints.config import read_config
+from zoo.data.module import ImageData
+from zoo.data.registry import DATA
+from zoo.models.image_model import ImageModel
+from zoo.models.spec import ModelSpec
+
+# Arguments of data modules that hold on one machine only, or for one use.
+MACHINE_ARGUMENTS = ("predict", "download", "num_workers", "memory_limit_mb")
+
+
+def measure(where: str | Path, data: ImageData) -> list[zoo.Metric]:
+    """Measure a checkpoint folder on validation and test images, and write that into its config and card.
+
+    What was recorded before is replaced.
+
+    Args:
+        where: the checkpoint's name or folder.
+        data: images of its classes, channels and size.
+
+    Raises:
+        ValueError: no such checkpoint, a Hub repository, or images that are not the network's.
+    """
+    model = zoo.load(find_local(where))
+    check_data(model.spec, data)
+    metrics = accuracies(model, data)
+    zoo.record(
+        where,
+        metrics=[dataclasses.asdict(metric) for metric in metrics],
+        measured_on=portable_description(data.describe()),
+    )
+    return metrics
+
+
+def accuracies(model: ImageModel, data: ImageData) -> list[zoo.Metric]:
+    """Return the accuracy on validation and test images; on the former alone, if there are no others."""
+    metrics = []
+    for split in ("val",) if data.split("test") is data.split("val") else ("val", "test"):
+        value, images = zoo.accuracy(model, data.evaluation_batches(split))
+        metrics.append(zoo.Metric("accuracy", value, data.title, split, images))
+    return metrics
+
+
+def measured_data(where: str | Path, root: str | None) -> ImageData:
+    """Return the data module of the images that a checkpoint was measured on.
+
+    Raises:
+        ValueError: it records none, or images in a folder that is neither recorded nor given.
+    """
+    config = read_config(zoo.find(where))
+    record = config.get("measured_on") or config["training"].get("data")
+    if not record or not config["metrics"]:
+        raise ValueError(
+            f"{where} does not record what was measured on which data, so it cannot be checked; python -m zoo measure "
+            "measures and records it"
+        )
+    return recorded_data(record, root)
+
+
+def data_for(where: str | Path, kind: str | None, root: str | None, title: str | None = None) -> ImageData:
+    """Return the data module that is named, with images as a checkpoint's network takes them.
+
+    Args:
+        kind: a name of ``DATA``; by default what the checkpoint was measured on.
+        root: the folder of the images.
+        title: of an ImageFolder, as shown beside the numbers.
+
+    Raises:
+        ValueError: no such checkpoint or data, or a title for data that has its own.
+    """
+    if kind is None:
+        return measured_data(where, root)
+    settings = {}
+    if kind == "ImageFolder":
+        config = read_config(zoo.find(where))
+        settings = {"input_size": config["input_size"], "in_chans": config["in_chans"], "title": title}
+    elif title:
+        raise ValueError(f"--title is that of an ImageFolder; {kind} has its own")
+    return recorded_data({"name": kind, "arguments": settings}, root)
+
+
+def recorded_data(record: dict[str, Any], root: str | None) -> ImageData:
+    """Return the data module that a checkpoint records, with its images in ``root`` if that is given.
+
+    Raises:
+        ValueError: images in a folder that is neither recorded nor given.
+    """
+    arguments = dict(record["arguments"])
+    kind = look_up(DATA, record["name"], "data set")
+    parameter = inspect.signature(kind).parameters.get("root")
+    if root is not None and parameter:
+        arguments["root"] = root
+    if parameter and parameter.default is parameter.empty and "root" not in arguments:
+        raise ValueError(f"no folder is recorded for the images ({record['name']}): name it (--root FOLDER)")
+    return kind(**arguments)
+
+
+def portable_description(record: dict[str, Any]) -> dict[str, Any]:
+    """Return the description of a data module without what is this machine's own, as a folder named from the root."""
+    arguments = {
+        key: value for key, value in record["arguments"].items() if key not in MACHINE_ARGUMENTS and value is not None
+    }
+    if Path(arguments.get("root", "")).is_absolute():
+        del arguments["root"]
+    return {"name": record["name"], "arguments": arguments}
+
+
+def check_data(spec: ModelSpec, data: ImageData) -> None:
+    """Refuse to train or measure a network on images of other classes, channels or size than its own.
+
+    Raises:
+        ValueError: they differ.
+    """
+    for what in ("class_names", "in_chans", "input_size"):
+        mine, theirs = getattr(spec, what), getattr(data, what)
+        if mine != (tuple(theirs) if what == "class_names" else theirs):
+            raise ValueError(
+                f"the network has {what} {mine}, but {data.title} has {theirs}; choose the data it was trained on "
+                "(--data), or train again"
+            )

@@ -1,1 +1,0 @@
-"""Recipes, the whole zoo, the tables of the paper and the generated pages; they need a checkout."""

@@ -1,0 +1,70 @@
+"""What a model is made of, as plain values from which it can be built again."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from operators import OperatorConfig
+from zoo.architectures import ARCHITECTURES
+
+PLAIN = "conv"
+
+# What timm is told to build in place of an architecture of its own, which it would load without our checks, and plain
+# (see zoo.checkpoints.timm_entry_points).
+OF_TIMM = "decoupled_zoo"
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSpec:
+    """Everything needed to build a model again, as JSON-able values.
+
+    Args:
+        architecture: a name that :func:`list_architectures` lists.
+        operator: the operator of its convolutions; None for the plain network.
+        class_names: one for each logit.
+        in_chans: channels of the images.
+        input_size: height and width of the images, in pixels.
+        mean, std: of the pixels in [0, 1], one for each channel.
+        model_args: further arguments of the architecture.
+        layer_settings: by the names of convolutions, the settings of their operator that are not those of ``operator``.
+    """
+
+    architecture: str
+    operator: OperatorConfig | None
+    class_names: tuple[str, ...]
+    in_chans: int
+    input_size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    model_args: Mapping[str, Any]
+    layer_settings: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+
+    @property
+    def operator_name(self) -> str:
+        return self.operator.name if self.operator else PLAIN
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as plain values; the plain network's operator is ``"conv"``.
+
+        An architecture of timm is called ``"decoupled_zoo"``, and its own name is among ``model_args``: timm, which
+        reads the same fields, would build the plain one and believe whatever weights there are.
+        """
+        fields = {name: list(value) if isinstance(value, tuple) else value for name, value in vars(self).items()}
+        if not self.layer_settings:
+            del fields["layer_settings"]
+        if self.architecture not in ARCHITECTURES:
+            fields["architecture"] = OF_TIMM
+            fields["model_args"] = {"architecture": self.architecture, **self.model_args}
+        return {**fields, "operator": self.operator.to_dict() if self.operator else PLAIN}
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> "ModelSpec":
+        """Return the spec that :meth:`to_dict` described; further fields are ignored."""
+        values = {field.name: fields[field.name] for field in dataclasses.fields(cls) if field.name != "layer_settings"}
+        values["layer_settings"] = fields.get("layer_settings", {})
+        if values["architecture"] == OF_TIMM:
+            values["model_args"] = dict(values["model_args"])
+            values["architecture"] = values["model_args"].pop("architecture", OF_TIMM)
+        values.update({name: tuple(values[name]) for name in ("class_names", "mean", "std")})
+        operator = values["operator"]
+        return cls(**{**values, "operator": None if operator == PLAIN else OperatorConfig.parse(operator)})

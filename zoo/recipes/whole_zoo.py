@@ -1,0 +1,91 @@
+"""Training the whole zoo, one recipe after another."""
+
+import os
+import tempfile
+import time
+from pathlib import Path
+
+import yaml
+
+import zoo
+from zoo.checkpoints.catalogue import PRETRAINED
+from zoo.checkpoints.config import read_config
+from zoo.files import put_in_place
+from zoo.hub.repository import CONFIG
+from zoo.recipes.recipe import LEAST_SECONDS, Trained, recipes, train
+from zoo.training.device import Device
+from zoo.training.export import export
+
+WORK = Path("outputs/zoo")
+
+
+def train_zoo(
+    only: str = "*",
+    *,
+    device: Device,
+    minutes: float = float("inf"),
+    epochs: int | None = None,
+    to: Path = PRETRAINED,
+) -> bool:
+    """Train, export and verify every recipe that has no checkpoint of as many epochs; return whether none failed.
+
+    A checkpoint is not compared with its recipe otherwise: to train a changed recipe, remove its folder.
+
+    Args:
+        only: a pattern of names, as of files.
+        minutes: no epoch is begun that would not end in that time; what is unfinished goes on in the next call.
+        epochs: train so many, in place of each recipe's own number.
+        to: parent of the checkpoint folders.
+
+    Raises:
+        ValueError: no recipe has such a name.
+        OSError: ``to`` is no folder and cannot become one.
+    """
+    to.mkdir(parents=True, exist_ok=True)
+    deadline = time.monotonic() + 60 * minutes
+    all_well, data = True, None
+    for recipe in recipes(only):
+        folder = to / recipe.stem
+        try:
+            wanted = epochs or yaml.safe_load(recipe.read_text(encoding="utf-8"))["trainer"]["max_epochs"]
+            if (folder / CONFIG).is_file() and read_config(folder)["training"].get("epochs", 0) >= wanted:
+                print(f"{recipe.stem}: has its checkpoint")
+                continue
+            if deadline - time.monotonic() < LEAST_SECONDS:
+                print(f"{recipe.stem}: no time left")
+                continue
+            work = WORK / recipe.stem / f"{wanted}_epochs"
+            options = ["--trainer.max_epochs", str(wanted)]
+            trained = train(recipe, device, folder=work, options=options, deadline=deadline, data=data)
+            data = trained.data or data
+            if trained.stopped:
+                raise FloatingPointError(trained.stopped)
+            if trained.finished:
+                _export_verified(trained, folder)
+            else:
+                print(f"{recipe.stem}: goes on in the next call ({trained.checkpoint})")
+        # Whatever it is, out of memory for one, the other recipes need not suffer from it.
+        except Exception as error:
+            if os.environ.get("ZOO_TRACEBACK"):
+                raise
+            print(f"{recipe.stem}: failed ({type(error).__name__}): {error}", flush=True)
+            all_well = False
+    return all_well
+
+
+def _export_verified(trained: Trained, folder: Path) -> None:
+    """Export a finished training, verify it, put it in place of what is there, and say what was measured.
+
+    Raises:
+        CheckpointError: the export does not verify; what was there is left.
+    """
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as scratch:
+        draft = Path(scratch) / folder.name
+        data = trained.images()
+        metrics = export(trained.checkpoint, draft, data=data, precision=None)
+        split = metrics[-1].split
+        if problems := zoo.verify(draft, data.evaluation_batches(split), split):
+            raise zoo.CheckpointError("; ".join(problems))
+        put_in_place(draft, folder, old=Path(scratch) / "old")
+    measured = ", ".join(f"{metric.split} accuracy {metric.value:.4f}" for metric in metrics)
+    print(f"{folder.name}: {measured}, verified", flush=True)

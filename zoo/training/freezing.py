@@ -1,0 +1,37 @@
+"""Training the classifier alone while the backbone rests, in a way that survives a resume."""
+
+from collections.abc import Iterable
+
+import torch
+from lightning.pytorch.strategies import SingleDeviceStrategy, Strategy
+from torch import nn
+
+from operators.convert import classifier_layers
+from zoo.models.image_model import ImageModel
+
+
+def backbone(model: ImageModel) -> list[nn.Parameter]:
+    """Return the parameters of all but the classifier."""
+    layers = classifier_layers(model)
+    head = {id(parameter) for layer in layers for parameter in layer.parameters(recurse=False)}
+    return [parameter for parameter in model.parameters() if id(parameter) not in head]
+
+
+def freeze(model: ImageModel, frozen: bool, strategy: Strategy) -> None:
+    """Let the backbone rest, or train again.
+
+    BatchNorm's statistics rest with it. Processes that exchange gradients have agreed at the start on which these are:
+    there the backbone's are computed all the same, and :func:`drop_gradients` drops them after the exchange.
+    """
+    model.network.train(not frozen)
+    for layer in classifier_layers(model):
+        layer.train()
+    if isinstance(strategy, SingleDeviceStrategy):
+        for parameter in backbone(model):
+            parameter.requires_grad_(not frozen)
+
+
+def drop_gradients(parameters: Iterable[torch.Tensor]) -> None:
+    """Leave an optimiser nothing to change these by."""
+    for parameter in parameters:
+        parameter.grad = None
