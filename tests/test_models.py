@@ -386,7 +386,8 @@ def test_classify_refuses_what_is_no_image(tmp_path):
     model = zoo.load("digits_cnn6_conv")
     (tmp_path / "notes.png").write_text("no image")
     for given, error, message in [
-        (tmp_path / "nowhere.png", ValueError, "nowhere.png is no readable image .*No such file"),
+        (tmp_path / "nowhere.png", FileNotFoundError, "no image file .*nowhere.png; check the path"),
+        ([tmp_path], FileNotFoundError, "no image file .*; check the path"),
         (tmp_path / "notes.png", ValueError, "notes.png is no readable image .no image of a known kind"),
         (3, TypeError, "expected a PIL image, got int"),
         ([b"bytes"], TypeError, "expected a PIL image, got bytes"),

@@ -113,6 +113,7 @@ class ImageModel(nn.Module):
             For one image ``(class name, probability)`` pairs, the likeliest first; for several, a list of these.
 
         Raises:
+            FileNotFoundError: no such file.
             TypeError, ValueError: something else than these images, a file that is no readable image, or ``top`` below
                 1.
         """
@@ -128,6 +129,8 @@ class ImageModel(nn.Module):
 
     def _as_batch(self, image: str | os.PathLike[str] | Image.Image | Tensor) -> Tensor:
         if isinstance(image, str | os.PathLike):
+            if not Path(image).is_file():
+                raise FileNotFoundError(f"no image file {os.fspath(image)}; check the path")
             image = self.transform.read(Path(image)).float() / 255
         elif not isinstance(image, Tensor):
             image = self.transform(image)
