@@ -10,10 +10,13 @@ import pytest
 import safetensors.torch
 import torch
 from PIL import Image
+from torch import nn
 
 import zoo
 from operators import DecoupledConv2d, fold, revert
 from zoo.checkpoints.catalogue import PRETRAINED
+from zoo.checkpoints.saving import save_built
+from zoo.training.adversarial import AdversarialTraining
 
 NAME = "digits_cnn6_tanh_cosine"
 
@@ -370,3 +373,24 @@ def test_numbers_that_are_none_are_refused(settings):
 def test_what_is_no_name_is_told(where, message):
     with pytest.raises(ValueError, match=message):
         zoo.load(where)
+
+
+def test_a_model_whose_answers_are_not_finite_is_not_saved(tmp_path):
+    model = zoo.load(NAME)
+    norm = next(module for module in model.modules() if isinstance(module, nn.BatchNorm2d))
+    # A negative variance is finite itself.
+    norm.running_var.fill_(-1.0)
+    for write in (zoo.save, save_built):
+        with pytest.raises(ValueError, match="logits on the fingerprint's images are not finite .*nan.*weights are"):
+            write(model, tmp_path / NAME)
+    assert not any(tmp_path.iterdir())
+
+
+def test_measuring_leaves_each_module_in_its_mode():
+    model = zoo.build("cnn6", "tanh_cosine", in_chans=1, input_size=8)
+    next(module for module in model.modules() if isinstance(module, nn.BatchNorm2d)).eval()
+    modes = [module.training for module in model.modules()]
+    zoo.accuracy(model, [(torch.rand(2, 1, 8, 8), torch.zeros(2, dtype=torch.int64))])
+    model.set_input_size(16)
+    AdversarialTraining(steps=1).perturb(model, torch.rand(2, 1, 16, 16), torch.zeros(2, dtype=torch.int64))
+    assert [module.training for module in model.modules()] == modes and len(set(modes)) == 2

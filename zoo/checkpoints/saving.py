@@ -50,8 +50,9 @@ def save(
 
     Raises:
         FileExistsError: the folder exists and ``overwrite`` is false.
-        ValueError: weights that are not finite or not exact in ``precision``, a model that is no ``ImageModel``, or one
-            whose network is no longer what its ``spec`` describes, as after ``fold``: it could not be loaded again.
+        ValueError: weights or logits that are not finite, weights that are not exact in ``precision``, a model that is
+            no ``ImageModel``, or one whose network is no longer what its ``spec`` describes, as after ``fold``: it
+            could not be loaded again.
     """
     described = {"metrics": metrics, "training": training, "licence": licence}
     return _write(model, folder, precision=precision, overwrite=overwrite, **described)
