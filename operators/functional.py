@@ -137,6 +137,8 @@ def respond_to_patches(
     dot_dtype, result_dtype = _precisions(input, angular)
     with no_autocast(input.device.type):
         images, margin = pad(images, kernel_size, stride, padding, dilation, padding_mode)
+        if kernel_size == (1, 1) and stride != (1, 1) and margin == (0, 0):
+            images, stride = subsample(images, stride), (1, 1)
         weight = _at_least_float32(weight)
         bias = None if bias is None else bias.to(dot_dtype)
         geometry = stride, margin, dilation, groups
@@ -237,6 +239,16 @@ def pad(
     if not any((top, bottom, left, right)):
         return images, (0, 0)
     return F.pad(images, [left, right, top, bottom], "constant" if padding_mode == "zeros" else padding_mode), (0, 0)
+
+
+def subsample(images: Tensor, stride: tuple[int, int]) -> Tensor:
+    """Return the pixels that a 1×1 convolution of this stride sees, in the memory format of ``images``.
+
+    The convolution itself then needs no stride: with one, and channels_last images of fewer than 16 channels, oneDNN
+    takes the gradient of the filters from memory that is not theirs (torch 2.14, CPUs).
+    """
+    rows, columns = stride
+    return images[..., ::rows, ::columns].clone()
 
 
 def _patch_norm(

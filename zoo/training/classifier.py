@@ -31,6 +31,7 @@ from zoo.training.freezing import backbone, drop_gradients, freeze
 from zoo.training.network import check_network_settings, described, first_network
 from zoo.training.optimisation import check_optimiser_settings, orthogonality_penalty, refuse_changes, with_schedule
 from zoo.training.sharding import check_sharding, shard
+from zoo.training.strided import avoid_wrong_gradients
 
 
 class Classifier(L.LightningModule):
@@ -282,6 +283,7 @@ class Classifier(L.LightningModule):
         rank_zero_info(f"{described(self.model.spec)}, {sum(p.numel() for p in self.parameters()):,} parameters")
 
     def _set_model(self, model: ImageModel) -> None:
+        avoid_wrong_gradients(model)
         self.model = model.to(memory_format=self.memory_format)
         # A function and no module, whose parameters would be registered twice.
         self.training_forward = torch.compile(model.forward, dynamic=False) if self.hparams.compile else model.__call__

@@ -1,16 +1,18 @@
 """Lightning's command line for the networks and images of the zoo."""
 
 import argparse
+import contextlib
 import inspect
 import logging
 import os
 import re
 import sys
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from jsonargparse import DefaultHelpFormatter, Namespace
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar
@@ -204,19 +206,40 @@ def run(
     """
     bar = callbacks is None
     defaults = {"callbacks": [RichProgressBar()] if bar else [*callbacks], "enable_progress_bar": bar}
-    return ZooCLI(
-        Classifier,
-        ImageData,
-        subclass_mode_data=True,
-        seed_everything_default=0,
-        trainer_defaults={**TRAINER_DEFAULTS, **defaults},
-        auto_configure_optimizers=False,
-        # An abbreviated option would be a misspelt one that nobody notices.
-        parser_kwargs={"exit_on_error": False, "allow_abbrev": False, "formatter_class": PlainHelp},
-        save_config_kwargs={"overwrite": True},
-        args=arguments,
-        shared=shared,
-    )
+    with leaving_other_processes_in_order():
+        return ZooCLI(
+            Classifier,
+            ImageData,
+            subclass_mode_data=True,
+            seed_everything_default=0,
+            trainer_defaults={**TRAINER_DEFAULTS, **defaults},
+            auto_configure_optimizers=False,
+            # An abbreviated option would be a misspelt one that nobody notices.
+            parser_kwargs={"exit_on_error": False, "allow_abbrev": False, "formatter_class": PlainHelp},
+            save_config_kwargs={"overwrite": True},
+            args=arguments,
+            shared=shared,
+        )
+
+
+@contextlib.contextmanager
+def leaving_other_processes_in_order() -> Iterator[None]:
+    """Leave the group of processes at the end, or when a signal has stopped them all.
+
+    A process that another one waits for in vain would wait here, so one that fails leaves without a word.
+    """
+    try:
+        yield
+    except SystemExit:
+        _leave_process_group()
+        raise
+    _leave_process_group()
+
+
+def _leave_process_group() -> None:
+    # The threads of a group that is still there when Python ends abort the process now and then (torch 2.14, gloo).
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def refuse_settings(subcommand: str, settings: Namespace) -> None:

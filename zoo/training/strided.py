@@ -1,0 +1,32 @@
+"""Strided 1×1 convolutions of few channels, whose gradient torch gets wrong on CPUs."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from operators.functional import subsample
+
+# oneDNN writes the gradient of a 1×1 filter in blocks of so many channels, past the end of what it has if there are
+# fewer: where images are channels_last, or the network compiled, that crashes or is wrong without a word.
+BLOCK = 16
+
+
+class SubsampledConv2d(nn.Conv2d):
+    """A 1×1 convolution whose stride is taken before it: what ``nn.Conv2d`` computes, to rounding."""
+
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.conv2d(subsample(input, self.stride), weight, bias)
+
+
+def avoid_wrong_gradients(network: nn.Module) -> None:
+    """Make the plain convolutions that torch trains wrongly subsample first; their filters stay as they are.
+
+    Decoupled convolutions do so themselves.
+    """
+    for layer in network.modules():
+        if type(layer) is nn.Conv2d and _is_trained_wrongly(layer):
+            layer.__class__ = SubsampledConv2d
+
+
+def _is_trained_wrongly(layer: nn.Conv2d) -> bool:
+    pointwise = layer.kernel_size == (1, 1) and layer.padding in ((0, 0), "valid")
+    return pointwise and layer.stride != (1, 1) and layer.groups == 1 and layer.in_channels < BLOCK
