@@ -81,7 +81,9 @@ def _description(config):
     )
     shape = f"(N, {config['in_chans']}, {config['input_size']}, {config['input_size']})"
     classes = len(config["class_names"])
-    return f"{config['architecture']} for {classes} classes. {measured}.\n\n    It takes images {shape} in [0, 1]."
+    # A decoupled network's config.json has the name of its architecture among the arguments.
+    architecture = config["model_args"].get("architecture", config["architecture"])
+    return f"{architecture} for {classes} classes. {measured}.\n\n    It takes images {shape} in [0, 1]."
 
 
 def _architecture_entry(name, description):

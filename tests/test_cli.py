@@ -49,7 +49,7 @@ def test_fit_alone_trains_a_decoupled_network_on_digits(run):
     kept = {path.name for path in (folder / "checkpoints").iterdir()}
     assert kept == {"best.ckpt", "last.ckpt", "previous.ckpt"}
     record = torch.load(folder / "checkpoints/last.ckpt", weights_only=True)["decoupled_zoo"]
-    assert record["spec"]["architecture"] == "cnn6" and record["data"]["name"] == "Digits"
+    assert record["spec"]["model_args"] == {"architecture": "cnn6"} and record["data"]["name"] == "Digits"
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)

@@ -6,8 +6,12 @@ timm.create_model("hf-hub:owner/name", pretrained=True)
 
 These are the networks alone, as timm has them: they take images that are normalised already, by the mean and std of
 ``pretrained_cfg``.
+
+Others read ``config.json`` as timm's, too, and ask timm for its architecture: transformers, for one. They would get a
+plain network for a decoupled checkpoint, and are refused.
 """
 
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,24 +23,25 @@ from zoo.architectures import ARCHITECTURES
 from zoo.checkpoints.catalogue import HUB, find
 from zoo.checkpoints.config import read_config
 from zoo.checkpoints.loading import load, load_untrained
-from zoo.models.spec import OF_TIMM
+from zoo.models.spec import PLAIN, STAND_IN
 
 
 def register() -> None:
     """Make our names known to timm."""
-    for name, function in {**ARCHITECTURES, OF_TIMM: of_timm}.items():
+    for name, function in {**ARCHITECTURES, STAND_IN: stand_in}.items():
         timm.models.register_model(entry_point(name, function))
 
 
-def of_timm(**arguments: Any) -> nn.Module:
-    """Stand for an architecture of timm, which only its checkpoint describes.
+def stand_in(**arguments: Any) -> nn.Module:
+    """Stand for the architecture of a checkpoint, which describes a network that no architecture alone does.
 
     Raises:
         ValueError: always.
     """
     raise ValueError(
-        f"{OF_TIMM!r} is built from its checkpoint alone: timm.create_model('hf-hub:owner/name' or "
-        "'local-dir:FOLDER'); to decouple a network of timm, use operators.convert_decoupled"
+        f"{STAND_IN!r} is built from its checkpoint alone, by zoo.load('owner/name' or 'FOLDER') or, as a network of "
+        "timm, by timm.create_model('hf-hub:owner/name' or 'local-dir:FOLDER', pretrained=True); to decouple a network "
+        "of timm, use operators.convert_decoupled"
     )
 
 
@@ -61,12 +66,34 @@ def entry_point(name: str, function: Callable[..., nn.Module]) -> Callable[..., 
             return create_trained(Path(pretrained_cfg["file"]), None, pretrained, arguments)
         if pretrained:
             raise ValueError(f"{name} has no weights in timm; trained ones are loaded by zoo.load")
+        _refuse_transformers(name)
         return function(**arguments)
 
     create.__name__ = name
     create.__doc__ = function.__doc__
     create.__module__ = function.__module__
     return create
+
+
+def _refuse_transformers(name: str) -> None:
+    """Refuse to build a plain network for transformers, if it has a decoupled checkpoint at hand.
+
+    Checkpoints of earlier versions give the name of the plain architecture, which is all that timm is told; so the
+    caller is looked at.
+
+    Raises:
+        ValueError: transformers asks for the network of a decoupled checkpoint.
+    """
+    frame = sys._getframe()
+    while frame is not None:
+        if str(frame.f_globals.get("__name__")).startswith("transformers.models.timm_wrapper"):
+            config = frame.f_locals.get("config")
+            if getattr(config, "operator", PLAIN) != PLAIN:
+                where = getattr(config, "name_or_path", None) or "FOLDER"
+                raise ValueError(
+                    f"transformers would build a plain {name}, but {where} is decoupled: zoo.load({where!r}) loads it"
+                )
+        frame = frame.f_back
 
 
 def create_trained(

@@ -9,9 +9,9 @@ from zoo.architectures import ARCHITECTURES
 
 PLAIN = "conv"
 
-# What timm is told to build in place of an architecture of its own, which it would load without our checks, and plain
-# (see zoo.checkpoints.timm_entry_points).
-OF_TIMM = "decoupled_zoo"
+# What those who read config.json as timm's are told to build, in place of a network that they would build plain, or
+# load without our checks (see zoo.checkpoints.timm_entry_points).
+STAND_IN = "decoupled_zoo"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,14 +46,15 @@ class ModelSpec:
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as plain values; the plain network's operator is ``"conv"``.
 
-        An architecture of timm is called ``"decoupled_zoo"``, and its own name is among ``model_args``: timm, which
-        reads the same fields, would build the plain one and believe whatever weights there are.
+        The architecture of a decoupled network, and each of timm, is called ``"decoupled_zoo"``, and its own name is
+        among ``model_args``: timm and transformers, which read the same fields, would build the plain network and
+        believe whatever weights there are.
         """
         fields = {name: list(value) if isinstance(value, tuple) else value for name, value in vars(self).items()}
         if not self.layer_settings:
             del fields["layer_settings"]
-        if self.architecture not in ARCHITECTURES:
-            fields["architecture"] = OF_TIMM
+        if self.operator is not None or self.architecture not in ARCHITECTURES:
+            fields["architecture"] = STAND_IN
             fields["model_args"] = {"architecture": self.architecture, **self.model_args}
         return {**fields, "operator": self.operator.to_dict() if self.operator else PLAIN}
 
@@ -62,9 +63,9 @@ class ModelSpec:
         """Return the spec that :meth:`to_dict` described; further fields are ignored."""
         values = {field.name: fields[field.name] for field in dataclasses.fields(cls) if field.name != "layer_settings"}
         values["layer_settings"] = fields.get("layer_settings", {})
-        if values["architecture"] == OF_TIMM:
+        if values["architecture"] == STAND_IN:
             values["model_args"] = dict(values["model_args"])
-            values["architecture"] = values["model_args"].pop("architecture", OF_TIMM)
+            values["architecture"] = values["model_args"].pop("architecture", STAND_IN)
         values.update({name: tuple(values[name]) for name in ("class_names", "mean", "std")})
         operator = values["operator"]
         return cls(**{**values, "operator": None if operator == PLAIN else OperatorConfig.parse(operator)})
