@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from benchmarks import measure
-from zoo.data.image_files import class_folders
+from zoo.data.contents import class_folders
 from zoo.recipes.epochs import EpochLines
 from zoo.training.cli import run
 from zoo.training.export import export
@@ -81,7 +81,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads (default: %(default)s)")
     parsed = parser.parse_args()
     torch.set_num_threads(parsed.threads)
-    classes = class_folders(IMAGES / "train")
+    classes = list(class_folders(IMAGES / "train"))
     link_images(WORK / "source", classes[:SOURCE_CLASSES], SOURCE_IMAGES)
     link_images(WORK / "target", classes[SOURCE_CLASSES:], TARGET_IMAGES)
     train_source()

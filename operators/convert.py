@@ -49,6 +49,9 @@ FOREIGN = frozenset({"CondConv2d", "DeformConv2d"})
 
 LEFT_OUT = "left out by filter_fn"
 
+# What those who read a configuration as timm's are told to build, in place of a network that they would build plain.
+STAND_IN = "decoupled_zoo"
+
 CHOOSE = "Pass filter_fn=lambda module, name: ... to choose the convolutions yourself."
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -154,6 +157,7 @@ def convert_decoupled(
         if layer.converted:
             module.__class__ = COUNTERPARTS[_full_name(type(module))]
             module.set_operator(config)
+    _name_architecture(model, decoupled=True)
     return model, report
 
 
@@ -173,6 +177,7 @@ def revert(model: nn.Module) -> nn.Module:
         plain = pkgutil.resolve_name(layer.plain)
         del layer.magnitude, layer.operator, layer.angular
         layer.__class__ = plain
+    _name_architecture(model, decoupled=False)
     return model
 
 
@@ -181,6 +186,24 @@ def classifier_layers(root: nn.Module) -> list[nn.Module]:
     heads = root.get_classifier() if hasattr(root, "get_classifier") else ()
     heads = heads if isinstance(heads, tuple | list) else [heads]
     return [layer for head in heads if isinstance(head, nn.Module) for layer in head.modules()]
+
+
+def _name_architecture(model: nn.Module, decoupled: bool) -> None:
+    """Let timm's configurations of the networks in ``model`` name what is built from no architecture alone, or undo it.
+
+    timm saves the name beside the weights, and would build the plain network to load them into.
+    """
+    for module in model.modules():
+        for attribute in ("pretrained_cfg", "default_cfg"):
+            made_for = getattr(module, attribute, None)
+            if isinstance(made_for, dict) and "architecture" in made_for:
+                plain = made_for.get("plain_architecture", made_for["architecture"])
+                # A copy, since networks of one architecture may share it.
+                named = {**made_for, "architecture": plain}
+                named.pop("plain_architecture", None)
+                if decoupled:
+                    named |= {"architecture": STAND_IN, "plain_architecture": plain}
+                setattr(module, attribute, named)
 
 
 def _full_name(kind: type) -> str:

@@ -48,12 +48,14 @@ class Hub:
 
     Attributes:
         faults: what goes wrong; a test appends to them.
+        refused: tokens that are known no more, and what is said of them.
         requests: method and path of every request so far.
     """
 
     def __init__(self, root: Path) -> None:
         self.root = root
         self.faults: list[Fault] = []
+        self.refused: dict[str, str] = {}
         self.requests: list[str] = []
         self.lock = threading.Lock()
 
@@ -123,7 +125,11 @@ class Handler(BaseHTTPRequestHandler):
         url = urlsplit(self.path)
         self.route, self.query = url.path, parse_qs(url.query)
         hub.requests.append(f"{self.command} {self.route}")
-        if self.command == "POST" and not self.headers.get("Authorization"):
+        token = self.headers.get("Authorization", "").removeprefix("Bearer ")
+        if token in hub.refused:
+            self.fail(401, "", hub.refused[token])
+            return
+        if self.command == "POST" and not token:
             self.fail(401, "", "Invalid username or password.")
             return
         if self._act_out_fault():
@@ -308,8 +314,16 @@ def send_file(handler: Handler, data: bytes, etag: str, **more: str) -> None:
     handler.answer(206, data[first : last + 1], Content_Range=f"bytes {first}-{last}/{len(data)}", **headers)
 
 
+def who_am_i(handler: Handler) -> None:
+    if handler.headers.get("Authorization"):
+        handler.answer(200, {"type": "user", "name": "me"})
+    else:
+        handler.fail(401, "", "Invalid username or password.")
+
+
 REPOSITORY, REVISION = r"([\w.-]+/[\w.-]+)", r"([^?]+?)"
 ROUTES: list[tuple[str, str, Callable[..., None]]] = [
+    ("GET", "/api/whoami-v2", who_am_i),
     ("POST", "/api/repos/create", create_repository),
     ("POST", f"/api/models/{REPOSITORY}/branch/{REVISION}", create_branch),
     ("POST", "/api/validate-yaml", lambda handler: handler.answer(200, {})),

@@ -270,13 +270,13 @@ def test_a_damaged_or_foreign_lightning_checkpoint_is_refused(tmp_path, content)
 
 def test_fine_tuning_starts_from_the_checkpoint(tmp_path):
     torch.manual_seed(0)
-    source = zoo.build("cnn6", "ball_cosine", in_chans=3, num_classes=4, mean=[0.1] * 3, std=[2.0] * 3)
+    source = zoo.build("cnn6", "ball_cosine", in_chans=3, num_classes=4, mean=[0.1] * 3, std=[0.9] * 3)
     zoo.save(source, tmp_path / "photos_cnn6_ball_cosine")
     with pytest.warns(UserWarning, match="now takes 1 channels"):
         classifier = fit(tmp_path, init_from=str(tmp_path / "photos_cnn6_ball_cosine"), learning_rate=1e-9)
     spec = classifier.model.spec
     assert (spec.operator.name, spec.in_chans, len(spec.class_names)) == ("ball_cosine", 1, 10)
-    assert spec.std == pytest.approx((2 / 3**0.5,)), "the checkpoint's, for one channel instead of three"
+    assert spec.std == pytest.approx((0.9 / 3**0.5,)), "the checkpoint's, for one channel instead of three"
     torch.testing.assert_close(classifier.model.network.features[3].weight, source.network.features[3].weight)
     assert classifier.model.network.fc.out_features == 10
 

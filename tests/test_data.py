@@ -1,6 +1,7 @@
 """Data modules: every pixel and label arrives as it was stored, splits are fixed, and bad data is named."""
 
 import collections
+import contextlib
 import io
 import itertools
 import os
@@ -157,13 +158,15 @@ def test_images_are_resized_by_the_shorter_side_and_cropped_in_the_centre(size, 
         assert (tensor.numpy() == expected[:, top : top + 8, left : left + 8]).all()
 
 
-def test_files_that_are_no_images_are_ignored(tmp_path):
+def test_files_that_are_no_images_are_left_out_and_counted(tmp_path):
     write_images(tmp_path, {"train/a": 3, "train/b": 3, "train/.cache": 1})
     for name in ("notes.txt", "train/classes.csv", "train/a/Thumbs.db", "train/b/._0.png", "train/b/.DS_Store"):
         (tmp_path / name).write_text("no image")
     (tmp_path / "train/a/0.png").rename(tmp_path / "train/a/0.PNG")
-    data = image_folder(tmp_path)
-    assert data.class_names == ["a", "b"] and len(data.split("train")) + len(data.split("val")) == 6
+    with pytest.warns(UserWarning, match=r"train: files left out for their endings: 1 in .db \(convert them") as told:
+        data = image_folder(tmp_path)
+        assert data.class_names == ["a", "b"] and len(data.split("train")) + len(data.split("val")) == 6
+    assert len(told) == 1
 
 
 def test_images_on_disk_are_the_images_in_memory(tmp_path):
@@ -319,10 +322,11 @@ def test_which_images_are_held_out_does_not_depend_on_those_that_are_readable(tm
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"mean": [0.5]}, r"mean and std are 3 numbers each .* got \[0.5\]"),
+        ({"mean": [0.5]}, r"mean and std are 3 numbers each, got \[0.5\]"),
         ({"in_chans": 1, "std": [0.2, 0.2]}, "mean and std are 1 numbers each"),
-        ({"std": [0.2, 0.0, 0.2]}, "std above 0"),
-        ({"std": [0.2, float("nan"), 0.2]}, "std above 0"),
+        ({"std": [0.2, 0.0, 0.2]}, "std is that of pixels in .0, 1., more than 0 .* divide it by 255"),
+        ({"std": [0.2, float("nan"), 0.2]}, "std is that of pixels"),
+        ({"mean": [123.7, 116.3, 103.5]}, "mean is that of pixels in .0, 1., at least 0 .* divide it by 255"),
         ({"in_chans": 2}, r"grey \(1 channel\) or RGB \(3 channels\), got in_chans=2"),
         ({"input_size": 0}, "input_size must be at least 1, got 0"),
         ({"num_workers": -1}, "num_workers must be at least 0, got -1"),
@@ -350,7 +354,9 @@ def test_predict_takes_a_file_or_a_folder(path, names, tmp_path):
     for ignored in ("notes.txt", "._1.png", ".cache/2.png", "album.jpg/notes.txt"):
         (tmp_path / "new" / ignored).parent.mkdir(exist_ok=True)
         (tmp_path / "new" / ignored).write_text("no image")
-    data, other = (build_data("Digits", predict=str(tmp_path / path)) for _ in range(2))
+    told = pytest.warns(UserWarning, match="new: files left out for their endings: 2 in .txt")
+    with told if path == "new" else contextlib.nullcontext():
+        data, other = (build_data("Digits", predict=str(tmp_path / path)) for _ in range(2))
     assert data.predict_files == [str(tmp_path / "new" / name) for name in names]
     assert contents(data, "predict") == count([pixels(images[f"new/{name}"], 1) for name in names], [-1] * len(names))
     model = types.SimpleNamespace(transform=ImageTransform(3, 5))
@@ -362,7 +368,7 @@ def test_predict_refuses_what_is_no_image(tmp_path):
     with pytest.raises(FileNotFoundError, match="no image file or folder .*nowhere; check the path"):
         build_data("Digits", predict=str(tmp_path / "nowhere"))
     (tmp_path / "notes.txt").write_text("no image")
-    with pytest.raises(ValueError, match="no image in .*; images end in .*png"):
+    with pytest.raises(ValueError, match=r"no image in .* \(files left out .* 1 in .txt .*; images end in .*png"):
         build_data("Digits", predict=str(tmp_path))
     with pytest.raises(ValueError, match="1 of 1 images cannot be read;.*\n.*notes.txt: no image of a known"):
         build_data("Digits", predict=str(tmp_path / "notes.txt")).split("predict")

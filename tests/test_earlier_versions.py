@@ -78,14 +78,17 @@ def test_class_paths_that_recipes_name_stay(path):
 @pytest.mark.parametrize("name", DATA)
 def test_data_sets_are_recorded_by_the_class_paths_that_they_had(name, tmp_path, monkeypatch):
     """In the options that a checkpoint stands for, and in the settings of which a run has the hash."""
-    arguments = {"root": str(write_images(tmp_path))} if name == "ImageFolder" else {}
+    # ImageTable has no earlier version, but its own path must stay from now on, too.
+    arguments = {"ImageFolder": {"root": str(write_images(tmp_path))}, "ImageTable": {"table": "labels.csv"}}.get(
+        name, {}
+    )
     record = dataclasses.replace(record_of(EARLIER), data={"name": name, "arguments": arguments})
     monkeypatch.setattr(ckpt_path, "record_of", lambda path: record)
     options = checkpoint_settings(str(EARLIER), predicting=False)
     assert json.loads(options[options.index("--data") + 1])["class_path"] == f"zoo.data.{name}"
     for given in (name, f"zoo.data.{name}"):
-        root = f" --data.root {arguments['root']}" if arguments else ""
-        assert settings_of_command(f"--data {given}{root}").data.class_path == f"zoo.data.{name}"
+        place = "".join(f" --data.{option} {value}" for option, value in arguments.items())
+        assert settings_of_command(f"--data {given}{place}").data.class_path == f"zoo.data.{name}"
 
 
 def test_callbacks_have_the_hash_that_they_had():

@@ -317,7 +317,7 @@ def test_a_size_that_a_network_cannot_take_is_refused_when_it_is_built(name, mad
         ({"architecture": "cnn9", "in_chans": 0}, ValueError, "in_chans must be at least 1, got 0"),
         ({"architecture": "cnn9", "input_size": 0}, ValueError, "input_size must be at least 1, got 0"),
         ({"architecture": "cnn9", "mean": [0.5]}, ValueError, "mean needs one number for each of the 3 channels"),
-        ({"architecture": "cnn9", "std": [1, 0, 1]}, ValueError, "std must be more than 0"),
+        ({"architecture": "cnn9", "std": [1, 0, 1]}, ValueError, "std is that of pixels in .0, 1., more than 0"),
     ],
 )
 def test_build_refuses(arguments, error, message):

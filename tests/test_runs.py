@@ -12,10 +12,11 @@ import pytest
 from lightning.pytorch.strategies import ModelParallelStrategy
 
 import zoo
+from zoo.checkpoints.config import RUN_RECORD
 from zoo.resuming import lightning_internals
 from zoo.resuming.folder import has_run, left_by, refuse_folder_of_another_run, usable_checkpoint
 from zoo.resuming.lightning_internals import PRIVATE, OpenWeightAveraging
-from zoo.resuming.record import RECORD, RunRecord, record_in, record_of
+from zoo.resuming.record import RunRecord, record_in, record_of
 
 EARLIER = Path(__file__).parent / "earlier_run" / "last.ckpt"
 ROOT = Path(__file__).resolve().parent.parent
@@ -82,7 +83,7 @@ def test_a_record_that_this_version_does_not_read_is_told():
     fields = record_of(EARLIER).to_dict()
     fields["spec"] = {**fields["spec"], "operator": {**fields["spec"]["operator"], "temperature": 1.0}}
     with pytest.raises(ValueError, match="run.ckpt was not written by .*that this one does not read .*temperature"):
-        record_in({RECORD: fields}, "run.ckpt")
+        record_in({RUN_RECORD: fields}, "run.ckpt")
 
 
 def test_a_run_without_an_end_is_never_finished():
@@ -96,7 +97,7 @@ def test_a_record_without_what_is_needed_is_told(missing):
     fields = record_of(EARLIER).to_dict()
     del fields[missing]
     with pytest.raises(ValueError, match=f"run.ckpt was not written by .*'{missing}'"):
-        record_in({RECORD: fields}, "run.ckpt")
+        record_in({RUN_RECORD: fields}, "run.ckpt")
 
 
 def test_a_record_of_a_network_of_timm_names_its_architecture(tmp_path):

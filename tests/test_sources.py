@@ -246,7 +246,7 @@ def test_the_convert_command_takes_a_plain_checkpoint(run):  # noqa: F811
         ("resnet10t a_resnet10t_mix_cosine", "resnet10t is a network of timm: .* write timm:resnet10t"),
         ("./photo a_cnn6_mix_cosine", "no checkpoint folder ./photo; check the path"),
         (
-            "digits_cnn6_conv digits_cnn6_mix_cosine --classes here/classes.txt",
+            "digits_cnn6_conv digits_cnn6_mix_cosine --classes classes.txt",
             "classes.txt has 2 lines, 2 of them",
         ),
         ("digits_cnn6_tanh_cosine digits_cnn6_mix_cosine", "the network is tanh_cosine already"),
@@ -260,7 +260,7 @@ def test_the_convert_command_takes_a_plain_checkpoint(run):  # noqa: F811
 )
 def test_the_convert_command_refuses_and_writes_nothing(run, words, message):  # noqa: F811
     make_photos(Path("here"))
-    Path("here/classes.txt").write_text("cat\ndog\n")
+    Path("classes.txt").write_text("cat\ndog\n")
     status, _, errors = zoo_command(run, *words.split())
     assert status == 1 and re.search(message, errors) and not Path("outputs").exists()
 

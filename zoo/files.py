@@ -28,6 +28,25 @@ def write_whole(path: Path, text: str) -> None:
         draft.write_text(text, encoding="utf-8", newline="")
 
 
+def relative(path: str | os.PathLike[str]) -> str:
+    """Return a path as seen from the working folder; as it is where there is no way (Windows, on another drive)."""
+    try:
+        return os.path.relpath(path)
+    except ValueError:
+        return os.fspath(path)
+
+
+def refuse_file_above(path: Path) -> None:
+    """Refuse a path that cannot be written, since something above it is a file.
+
+    Raises:
+        ValueError: it is.
+    """
+    for above in path.parents:
+        if above.exists() and not above.is_dir():
+            raise ValueError(f"{path} cannot be written, for {above} is a file and no folder; choose another path")
+
+
 def put_in_place(draft: Path, folder: Path, old: Path) -> None:
     """Rename ``draft`` to ``folder``; what stood there is moved to ``old``, and back if the renaming fails."""
     replaces = folder.exists()

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+from zoo.files import relative
+
 
 def origin(device: torch.device) -> dict[str, str]:
     """Return what a training's numbers depend on beside its recipe: commit, hardware and torch."""
@@ -53,9 +55,13 @@ def command_of(*words: str) -> str:
 
 
 def portable(word: str) -> str:
-    """Return a word of a command line in which an absolute path is told from this folder, or by its last part alone."""
+    """Return a word of a command line in which an absolute path is told from this folder, or by its last part alone.
+
+    One on another drive of Windows stays as it is.
+    """
     option, equals, value = word.rpartition("=")
     if not os.path.isabs(value):
         return word
-    relative = os.path.relpath(value)
-    return option + equals + (os.path.basename(value.rstrip("/")) if relative.startswith("..") else relative)
+    seen = relative(value)
+    outside = seen.replace(os.path.sep, "/").split("/")[0] == os.path.pardir
+    return option + equals + (os.path.basename(os.path.normpath(value)) if outside else seen)

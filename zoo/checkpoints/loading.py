@@ -1,9 +1,11 @@
 """From a checkpoint folder to its model, read strictly."""
 
+import contextlib
 import dataclasses
 import math
 import os
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -62,25 +64,17 @@ def load(
         if number is not None and (isinstance(number, bool) or not isinstance(number, int)):
             raise TypeError(f"{name} is a whole number, got {number!r}")
     source = {"revision": revision, "local_files_only": local_files_only}
-    folder = find(where, **source)
-    try:
-        model = _read(folder)
-    except DamagedError as error:
-        if repository_of(where, revision) is None or local_files_only or constants.HF_HUB_OFFLINE:
-            raise
-        try:
-            folder = find(where, **source, renew=True)
-        except HubError as again:
-            raise CheckpointError(f"{error}. Fetching it again failed: {again}") from error
-        model = _read(folder)
-    if in_chans not in (None, model.spec.in_chans):
-        if in_chans < 1:
-            raise ValueError(f"in_chans must be at least 1, got {in_chans}")
-        warnings.warn(f"{os.fspath(where)} now takes {in_chans} channels, not {model.spec.in_chans}", stacklevel=2)
-        model = _with_channels(model, in_chans)
-    if num_classes not in (None, len(model.class_names)):
-        model.reset_classifier([str(label) for label in range(num_classes)])
-        warnings.warn(f"{os.fspath(where)} has a fresh classifier for {num_classes} classes: train it", stacklevel=2)
+    with _usual_tensors():
+        model = _whole(where, source)
+        if in_chans not in (None, model.spec.in_chans):
+            if in_chans < 1:
+                raise ValueError(f"in_chans must be at least 1, got {in_chans}")
+            warnings.warn(f"{os.fspath(where)} now takes {in_chans} channels, not {model.spec.in_chans}", stacklevel=2)
+            model = _with_channels(model, in_chans)
+        if num_classes not in (None, len(model.class_names)):
+            model.reset_classifier([str(label) for label in range(num_classes)])
+            told = f"{os.fspath(where)} has a fresh classifier for {num_classes} classes: train it"
+            warnings.warn(told, stacklevel=2)
     return model.to(device)
 
 
@@ -99,20 +93,49 @@ def load_untrained(
         HubError: a Hub repository that cannot be had.
     """
     folder = find(where, revision=revision)
-    model = _build(read_config(folder), folder, _most_bytes(folder / WEIGHTS))
-    if num_classes not in (None, len(model.class_names)):
-        model.reset_classifier([str(label) for label in range(num_classes)])
+    with _usual_tensors():
+        model = _build(read_config(folder), folder, _most_bytes(folder / WEIGHTS))
+        if num_classes not in (None, len(model.class_names)):
+            model.reset_classifier([str(label) for label in range(num_classes)])
     return model.to(device)
+
+
+def _whole(where: str | os.PathLike[str], source: dict[str, Any]) -> ImageModel:
+    """Return the model of a checkpoint; files from the Hub that are damaged are fetched once more."""
+    folder = find(where, **source)
+    try:
+        return _read(folder)
+    except DamagedError as error:
+        offline = source["local_files_only"] or constants.HF_HUB_OFFLINE
+        if repository_of(where, source["revision"]) is None or offline:
+            raise
+        try:
+            folder = find(where, **source, renew=True)
+        except HubError as again:
+            raise CheckpointError(f"{error}. Fetching it again failed: {again}") from error
+        return _read(folder)
 
 
 def _read(folder: Path) -> ImageModel:
     config = read_config(folder)
-    model = _build(config, folder, _most_bytes(folder / WEIGHTS))
     if config["precision"] not in PRECISIONS:
         legal = ", ".join(PRECISIONS)
         raise CheckpointError(f"{folder / CONFIG} has precision {config['precision']!r}; this version reads {legal}")
+    model = _build(config, folder, _most_bytes(folder / WEIGHTS))
     read_into(model.network, folder / WEIGHTS, config["sha256"], PRECISIONS[config["precision"]])
     return model.eval()
+
+
+@contextlib.contextmanager
+def _usual_tensors() -> Iterator[None]:
+    """While it lasts, new tensors are of float32, on the CPU and can be trained, whatever the caller has told torch."""
+    dtype = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.device("cpu"), torch.inference_mode(False):
+            yield
+    finally:
+        torch.set_default_dtype(dtype)
 
 
 def _most_bytes(weights: Path) -> int:

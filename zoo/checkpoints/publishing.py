@@ -1,6 +1,5 @@
 """From a checkpoint folder to a repository of the Hugging Face Hub, in one commit."""
 
-import os
 import re
 from pathlib import Path
 
@@ -10,10 +9,11 @@ from zoo.checkpoints.catalogue import find, list_checkpoints
 from zoo.checkpoints.config import read_config
 from zoo.checkpoints.verification import verify
 from zoo.errors import CheckpointError, HubError
-from zoo.hub.fetching import OutOfTime, in_time, status_of
+from zoo.files import relative
+from zoo.hub.fetching import OutOfTime, in_time, refused_token, status_of
 from zoo.hub.repository import COMMIT, FILES, is_repository, is_revision
 from zoo.models.names import name_ending
-from zoo.models.spec import PLAIN, ModelSpec
+from zoo.models.spec import PLAIN, ModelSpec, composed
 
 # The client alone would wait for ever.
 SECONDS_TO_PUBLISH, LEAST_BYTES_A_SECOND = 60, 100_000
@@ -31,7 +31,7 @@ def missing(folder: Path) -> list[str]:
     Everything that :func:`zoo.verify` recomputes has to hold: the hash of the weights, the shape of each tensor, the
     logits of the fingerprint, the card. Beside it, what people need to know has to be told.
     """
-    here = os.path.relpath(folder)
+    here = relative(folder)
     try:
         problems = verify(here)
         config = read_config(folder)
@@ -56,7 +56,8 @@ def missing(folder: Path) -> list[str]:
         )
     spec = ModelSpec.from_dict(config)
     expected = name_ending(spec.architecture, spec.operator_name)
-    if config["name"] != folder.name or not folder.name.endswith(expected):
+    # macOS may write the folder's name by other characters.
+    if composed(config["name"]) != composed(folder.name) or not folder.name.endswith(expected):
         twin = f"<data>{name_ending(spec.architecture, PLAIN)}"
         problems.append(
             f"the folder is called {folder.name} and its config.json says {config['name']}; both have to be the same, "
@@ -128,6 +129,8 @@ def _explanation(repository: str, error: Exception) -> str:
             "network, and publish again to see"
         )
     # An error that a thread of the client met is the cause of the client's own error.
+    if refused := refused_token(error) or (error.__cause__ and refused_token(error.__cause__)):
+        return f"{repository} is not published: {refused}"
     if {status_of(error), status_of(error.__cause__)} & {401, 403}:
         return f"{repository} is misspelt or not yours to write: log in with a token that may (hf auth login)"
     after = "What was published before is as it was" if status_of(error) else f"{UNKNOWN}; publish again to see"

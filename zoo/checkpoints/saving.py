@@ -16,12 +16,12 @@ import torch
 
 from operators.lookup import look_up
 from zoo.checkpoints.catalogue import find_local
-from zoo.checkpoints.config import RECORDED, SCHEMA, Metric, read_config
+from zoo.checkpoints.config import RECORDED, SCHEMA, Metric, check_config, read_config
 from zoo.checkpoints.verification import agree, fingerprint
 from zoo.checkpoints.weights import PRECISIONS, listed, misfits, serialise
-from zoo.files import put_in_place, write_whole
+from zoo.files import put_in_place, refuse_file_above, write_whole
 from zoo.hub.card import model_card
-from zoo.hub.repository import CARD, CONFIG, WEIGHTS
+from zoo.hub.repository import CARD, CONFIG, FILES, WEIGHTS
 from zoo.models.building import build_from, check_size
 from zoo.models.image_model import ImageModel
 from zoo.models.spec import ModelSpec
@@ -49,7 +49,7 @@ def save(
         overwrite: replace a folder that exists.
 
     Raises:
-        FileExistsError: the folder exists and ``overwrite`` is false.
+        FileExistsError: the folder exists and ``overwrite`` is false, or has other files than a checkpoint's.
         ValueError: weights or logits that are not finite, weights that are not exact in ``precision``, a model that is
             no ``ImageModel``, or one whose network is no longer what its ``spec`` describes, as after ``fold``: it
             could not be loaded again.
@@ -88,6 +88,7 @@ def _write(
         raise ValueError(f"save takes a model that build or load made, got {type(model).__name__}")
     if folder.exists() and not overwrite:
         raise FileExistsError(f"{folder} exists; choose another name, or pass overwrite=True to replace it")
+    refuse_other_files(folder)
     weights = serialise(model.network, dtype)
     logits = fingerprint(model)
     spec = model.describe()
@@ -112,13 +113,15 @@ def _write(
         "sha256": hashlib.sha256(weights).hexdigest(),
         "fingerprint": logits,
     }
+    text = _as_json(config, folder / CONFIG)
+    card = model_card(json.loads(text))
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as scratch:
         draft = Path(scratch) / "new"
         draft.mkdir()
         (draft / WEIGHTS).write_bytes(weights)
-        (draft / CONFIG).write_text(json.dumps(config, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-        (draft / CARD).write_text(model_card(config), encoding="utf-8")
+        (draft / CONFIG).write_text(text, encoding="utf-8")
+        (draft / CARD).write_text(card, encoding="utf-8")
         put_in_place(draft, folder, old=Path(scratch) / "old")
     return folder
 
@@ -141,7 +144,7 @@ def record(where: str | os.PathLike[str], **facts: Any) -> None:
     config = {**read_config(folder), **facts}
     if "license" in config.get("pretrained_cfg", {}):
         config["pretrained_cfg"]["license"] = config["licence"]
-    write_whole(folder / CONFIG, json.dumps(config, indent=2, allow_nan=False) + "\n")
+    write_whole(folder / CONFIG, _as_json(config, folder / CONFIG))
     write_whole(folder / CARD, model_card(config))
 
 
@@ -211,11 +214,45 @@ def _check_spec(model: ImageModel, spec: ModelSpec, logits: list[list[float]]) -
     )
 
 
-def check_absent(folder: Path, overwrite: bool) -> None:
-    """Refuse a folder that is there already.
+def _as_json(config: Mapping[str, Any], path: Path) -> str:
+    """Return the text of a config.json, which reading takes back.
 
     Raises:
-        FileExistsError: the folder exists and ``overwrite`` is false.
+        ValueError: a value that is none of JSON's, or a field that reading would refuse.
     """
+    try:
+        # Numbers of numpy and torch have plain ones in them.
+        text = json.dumps(config, indent=2, allow_nan=False, default=lambda value: value.item())
+        check_config(json.loads(text), path)
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"what is to be recorded of the network cannot be: {error}") from error
+    return text + "\n"
+
+
+def refuse_other_files(folder: Path) -> None:
+    """Refuse to replace a folder that holds more than a checkpoint, such as that of a run.
+
+    Raises:
+        FileExistsError: it has other files, or is one.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"{folder} is a file; choose another name")
+    names = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
+    if others := [name for name in names if name not in FILES and not name.startswith(".")]:
+        raise FileExistsError(
+            f"{folder} holds more than a checkpoint ({', '.join(others[:5])}), which would be lost; choose another "
+            "name or parent (--to)"
+        )
+
+
+def check_absent(folder: Path, overwrite: bool) -> None:
+    """Refuse a folder that is there already, or cannot be made.
+
+    Raises:
+        FileExistsError: the folder exists and ``overwrite`` is false, or has other files than a checkpoint's.
+        ValueError: something above it is a file.
+    """
+    refuse_file_above(folder)
+    refuse_other_files(folder)
     if folder.exists() and not overwrite:
         raise FileExistsError(f"{folder} exists; choose another name or parent (--to), or replace it (--overwrite)")

@@ -2,27 +2,53 @@
 
 import dataclasses
 import os
-import textwrap
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import timm
 import timm.data
-import timm.models
+import torch
 from timm.models import PretrainedCfg
 
 from operators.lookup import unknown_name
 from zoo.architectures import ARCHITECTURES
 from zoo.checkpoints.catalogue import find
-from zoo.checkpoints.config import read_config
+from zoo.checkpoints.config import read_config, timm_config_in
+from zoo.checkpoints.foreign_weights import COUNTER, read_weights, without_prefix
 from zoo.checkpoints.loading import load
 from zoo.checkpoints.weights import listed, misfits
-from zoo.models.building import build
+from zoo.hub.fetching import refused_token
+from zoo.hub.repository import WEIGHTS
+from zoo.models.building import build, current_name
 from zoo.models.image_model import ImageModel
 
 # This stands before the name of an architecture whose weights timm has.
 TIMM = "timm:"
+
+# The file of weights in a folder that timm, or transformers for it, has saved.
+WEIGHTS_OF_TIMM = (WEIGHTS, "pytorch_model.bin")
+
+# Arguments that follow from the weights; timm adds the first if it had the network from our folder.
+GIVEN = ("architecture", "num_classes", "in_chans", "pretrained")
+
+
+@dataclasses.dataclass(frozen=True)
+class PlainNetwork:
+    """A plain network of timm.
+
+    Attributes:
+        architecture: its name, without the tag of weights.
+        tag: of the weights that timm has; empty for its choice.
+        made_for: what timm knows of the weights.
+        arguments: further arguments of the architecture.
+    """
+
+    architecture: str
+    tag: str
+    made_for: PretrainedCfg
+    arguments: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def start_from(
@@ -35,8 +61,9 @@ def start_from(
     """Return a trained network, in evaluation mode.
 
     Args:
-        where: what :func:`zoo.load` takes, or ``"timm:NAME"``, e.g. ``"timm:resnet10t"`` or, to choose among several
-            weights, ``"timm:resnet10t.c3_in1k"``: timm fetches these from the Hub, or finds them in the Hub's cache.
+        where: what :func:`zoo.load` takes; a folder or Hub repository of timm with a plain network; or ``"timm:NAME"``,
+            e.g. ``"timm:resnet10t"`` or, to choose among several weights, ``"timm:resnet10t.c3_in1k"``: timm fetches
+            these from the Hub, or finds them in the Hub's cache.
         in_chans, input_size: of the images, if they are not those it was trained on.
         weights: a file (.safetensors, .pth) with the weights of ``timm:NAME``, which are then not fetched; the number
             of classes and of channels follow from it. No code in it is run.
@@ -46,15 +73,19 @@ def start_from(
         FileNotFoundError: no file ``weights``.
     """
     name = os.fspath(where)
-    if name.startswith(TIMM):
-        model = _from_timm(name.removeprefix(TIMM), in_chans, input_size, weights)
-    elif weights is not None:
+    plain = _plain(where)
+    if weights is not None and not name.startswith(TIMM):
         raise ValueError(f"weights are those of a network of timm (timm:NAME), but {name} has weights of its own")
-    else:
-        _refuse_bare_name_of_timm(name)
+    if plain is None:
         model = load(where, in_chans=in_chans)
         if input_size is not None:
             model.set_input_size(input_size)
+    elif not name.startswith(TIMM):
+        model = _with_weights(plain, in_chans, input_size, _weights_in(find(where)))
+    elif weights is not None:
+        model = _with_weights(plain, in_chans, input_size, Path(weights))
+    else:
+        model = _fetched(plain, in_chans, input_size)
     return model.eval()
 
 
@@ -64,11 +95,8 @@ def shape_of(where: str | os.PathLike[str]) -> tuple[int, int]:
     Raises:
         ValueError: no such network.
     """
-    name = os.fspath(where)
-    if name.startswith(TIMM):
-        made_for = _timm_config(name.removeprefix(TIMM))
-        return made_for.input_size[0], made_for.input_size[-1]
-    _refuse_bare_name_of_timm(name)
+    if plain := _plain(where):
+        return plain.made_for.input_size[0], plain.made_for.input_size[-1]
     config = read_config(find(where))
     return config["in_chans"], config["input_size"]
 
@@ -79,83 +107,98 @@ def licence_of(where: str | os.PathLike[str]) -> str:
     Raises:
         ValueError: no such network.
     """
-    name = os.fspath(where)
-    if name.startswith(TIMM):
-        return _timm_config(name.removeprefix(TIMM)).license or "not stated"
+    if plain := _plain(where):
+        return plain.made_for.license or "not stated"
     return read_config(find(where))["licence"]
 
 
-def _refuse_bare_name_of_timm(name: str) -> None:
+def _plain(where: str | os.PathLike[str]) -> PlainNetwork | None:
+    """Return the plain network of timm that ``where`` names or is the folder of; None if it is a checkpoint of the zoo.
+
+    Raises:
+        ValueError: a name or tag that timm does not know, or one without ``timm:`` before it.
+    """
+    name = os.fspath(where)
+    if name.startswith(TIMM):
+        return _known_to_timm(current_name(name.removeprefix(TIMM)))
     if timm.is_model(name) and name not in ARCHITECTURES and not Path(name).exists():
         raise ValueError(f"{name} is a network of timm: to start from the weights that timm has, write {TIMM}{name}")
+    folder = find(where)
+    config = timm_config_in(folder)
+    if config is None:
+        return None
+    architecture = _architecture_in(current_name(config["architecture"]))
+    # What stands beside pretrained_cfg is said of these very weights.
+    told = {**(config.get("pretrained_cfg") or {}), **config}
+    known = {field.name for field in dataclasses.fields(PretrainedCfg)}
+    made_for = PretrainedCfg(**{field: value for field, value in told.items() if field in known})
+    arguments = {name: value for name, value in (config.get("model_args") or {}).items() if name not in GIVEN}
+    return PlainNetwork(architecture, "", made_for, arguments)
 
 
-def _timm_config(name: str) -> PretrainedCfg:
-    """Return what timm knows of the weights of an architecture, or of the tag after its name."""
-    architecture, _, tag = name.partition(".")
-    if not timm.is_model(architecture) or architecture in ARCHITECTURES:
-        raise ValueError(unknown_name("network of timm", name, ["resnet10t", "resnet50"], unlisted=timm.list_models()))
+def _known_to_timm(name: str) -> PlainNetwork:
+    architecture, tag = _architecture_in(name), name.partition(".")[2]
     tags = [known.partition(".")[2] for known in timm.list_pretrained(f"{architecture}.*")]
     if tag and tag not in tags:
         raise ValueError(unknown_name(f"tag of {architecture}", tag, tags))
-    return timm.get_pretrained_cfg(name)
+    return PlainNetwork(architecture, tag, timm.get_pretrained_cfg(name))
 
 
-def _from_timm(
-    name: str, in_chans: int | None, input_size: int | None, weights: str | os.PathLike[str] | None
-) -> ImageModel:
-    made_for = _timm_config(name)
-    # The tag after the dot names the weights; the network is the same without it.
+def _architecture_in(name: str) -> str:
+    """Return the architecture in a name of timm, which may be followed by a tag."""
     architecture = name.partition(".")[0]
-    if weights is not None:
-        return _with_weights(architecture, made_for, in_chans, input_size, Path(weights))
-    # Weights without a classifier are good to start from, too.
-    names = _imagenet_names(made_for.num_classes or 1)
+    if not timm.is_model(architecture) or architecture in ARCHITECTURES:
+        raise ValueError(unknown_name("network of timm", name, ["resnet10t", "resnet50"], unlisted=timm.list_models()))
+    return architecture
+
+
+def _fetched(plain: PlainNetwork, in_chans: int | None, input_size: int | None) -> ImageModel:
+    """Return a network with the weights that timm fetches."""
+    made_for, architecture = plain.made_for, plain.architecture
+    name = f"{architecture}.{plain.tag}" if plain.tag else architecture
+    settings = {"in_chans": in_chans or made_for.input_size[0], "input_size": input_size, "pretrained": True}
     try:
-        model = build(
-            name, class_names=names, in_chans=in_chans or made_for.input_size[0], input_size=input_size, pretrained=True
-        )
+        # Weights without a classifier are good to start from, too.
+        return build(name, class_names=_imagenet_names(made_for.num_classes or 1), **settings)
     except (TypeError, ValueError):
         raise
     # timm, the Hub's client and the network each fail in their own ways.
     except Exception as error:
+        why = refused_token(error) or f"{type(error).__name__}: {error}"
         raise ValueError(
-            f"the weights of {TIMM}{name} cannot be had ({type(error).__name__}: {error}); without a network, fetch "
-            f"them elsewhere and name the file: python -m zoo convert {TIMM}{architecture} NAME --weights FILE, which "
-            "writes a folder to start from"
+            f"the weights of {TIMM}{name} cannot be had ({why}); without a network, fetch them elsewhere and name the "
+            f"file: python -m zoo convert {TIMM}{architecture} NAME --weights FILE, which writes a folder to start from"
         ) from error
-    model.spec = dataclasses.replace(model.spec, architecture=architecture)
-    return model
 
 
-def _with_weights(
-    architecture: str, made_for: PretrainedCfg, in_chans: int | None, input_size: int | None, weights: Path
-) -> ImageModel:
-    if not weights.is_file():
-        raise FileNotFoundError(f"no file {weights}; weights are a file that ends in .safetensors or .pth")
-    try:
-        tensors = timm.models.load_state_dict(str(weights), weights_only=True)
-    # A damaged file fails in as many ways as there are formats.
-    except Exception as error:
-        raise ValueError(
-            f"{weights} cannot be read as weights ({type(error).__name__}: {textwrap.shorten(str(error), 200)}); a "
-            "whole network is not taken, for no code in a file is run: save network.state_dict() instead"
-        ) from error
+def _weights_in(folder: Path) -> Path:
+    """Return the file of weights in a folder that timm has written."""
+    return next((folder / file for file in WEIGHTS_OF_TIMM if (folder / file).is_file()), folder / WEIGHTS)
+
+
+def _with_weights(plain: PlainNetwork, in_chans: int | None, input_size: int | None, weights: Path) -> ImageModel:
+    """Return a network with the weights in a file, whose classes and channels follow from them."""
+    made_for = plain.made_for
+    with torch.device("meta"):
+        names = timm.create_model(plain.architecture, **plain.arguments).state_dict().keys()
+    tensors, prefix = without_prefix(read_weights(weights), names)
     classes = _rows(tensors, made_for.classifier, 0) or made_for.num_classes
     channels = _rows(tensors, made_for.first_conv, 1) or made_for.input_size[0]
     if in_chans not in (None, channels):
         raise ValueError(f"{weights} takes {channels} channels, not {in_chans}")
-    settings = {"in_chans": channels, "input_size": input_size}
-    if channels == 3:
+    settings = {"in_chans": channels, "input_size": input_size or made_for.input_size[-1], **plain.arguments}
+    if channels == len(made_for.mean):
         settings |= {"mean": made_for.mean, "std": made_for.std}
-    model = build(architecture, class_names=_imagenet_names(classes), **settings)
-    tensors = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
+    labels = made_for.label_names
+    class_names = labels if labels and len(labels) == classes else _imagenet_names(classes)
+    model = build(plain.architecture, class_names=class_names, **settings)
     expected = model.network.state_dict()
     # Files of before torch counted BatchNorm's batches.
-    counters = {name: value for name, value in expected.items() if name.endswith("num_batches_tracked")}
-    tensors = counters | tensors
+    tensors = {name: value for name, value in expected.items() if name.endswith(COUNTER)} | tensors
     if problems := misfits(tensors, expected):
-        raise ValueError(f"{weights} does not fit {architecture}: {listed(problems)}")
+        raise ValueError(f"{weights} does not fit {plain.architecture}: {listed(problems)}")
+    if prefix:
+        warnings.warn(f"{weights}: the prefix {prefix!r} of all names is taken off", stacklevel=2)
     model.network.load_state_dict(tensors)
     return model
 

@@ -11,7 +11,7 @@ Others read ``config.json`` as timm's, too, and ask timm for its architecture: t
 plain network for a decoupled checkpoint, and are refused.
 """
 
-import sys
+import inspect
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -84,7 +84,7 @@ def _refuse_transformers(name: str) -> None:
     Raises:
         ValueError: transformers asks for the network of a decoupled checkpoint.
     """
-    frame = sys._getframe()
+    frame = inspect.currentframe()
     while frame is not None:
         if str(frame.f_globals.get("__name__")).startswith("transformers.models.timm_wrapper"):
             config = frame.f_locals.get("config")
@@ -121,8 +121,11 @@ def create_trained(
     features_alone = settings.get("num_classes") == 0
     if features_alone:
         del settings["num_classes"]
-    network = create(where, revision=revision, **settings).network
+    model = create(where, revision=revision, **settings)
+    network = model.network
     if features_alone:
         network.reset_classifier(0)
-    network.pretrained_cfg = network.default_cfg = config.get("pretrained_cfg", {})
+    # timm saves a network with these, and with the name that builds it again.
+    name = STAND_IN if model.spec.operator else model.spec.architecture
+    network.pretrained_cfg = network.default_cfg = {**config.get("pretrained_cfg", {}), "architecture": name}
     return network

@@ -53,16 +53,35 @@ def verify(
 
 
 def accuracy(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[float, int]:
-    """Return the fraction of images whose largest logit is the label's in evaluation mode, and the images' number."""
+    """Return the fraction of images whose largest logit is the label's in evaluation mode, and the images' number.
+
+    Raises:
+        ValueError: no image.
+    """
+    correct, total = class_counts(model, batches)
+    return int(correct.sum()) / int(total.sum()), int(total.sum())
+
+
+def class_counts(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Return how many images of each class have their largest logit there, and how many there are, int64 (classes,).
+
+    Raises:
+        ValueError: no image, or a label beyond the classes.
+    """
     device = next(model.parameters()).device
-    correct = total = 0
+    counts = torch.zeros(2, 1, dtype=torch.int64)
     with evaluating(model), torch.inference_mode():
         for images, labels in batches:
-            correct += (model(images.to(device)).argmax(1).cpu() == labels.cpu()).sum().item()
-            total += len(labels)
-    if not total:
+            logits, labels = model(images.to(device)).cpu(), labels.cpu()
+            classes = logits.shape[1]
+            if len(labels) and not 0 <= labels.min() <= labels.max() < classes:
+                raise ValueError(f"labels are from 0 to {classes - 1}, got {labels.min()} to {labels.max()}")
+            right = labels[logits.argmax(1) == labels]
+            counts = counts + torch.stack([torch.bincount(found, minlength=classes) for found in (right, labels)])
+    correct, total = counts
+    if not total.sum():
         raise ValueError("accuracy needs at least one image")
-    return correct / total, total
+    return correct, total
 
 
 def fingerprint(model: ImageModel) -> list[list[float]]:

@@ -12,7 +12,7 @@ from torch import Tensor
 import zoo
 from operators import ConversionReport, calibrate
 from zoo.checkpoints.catalogue import PRETRAINED, find_local
-from zoo.checkpoints.config import read_config
+from zoo.checkpoints.config import headline, read_config
 from zoo.checkpoints.publishing import publish as publish_folder
 from zoo.checkpoints.saving import check_absent
 from zoo.checkpoints.starting_points import licence_of, start_from
@@ -29,6 +29,7 @@ from zoo.models.conversion import convert as convert_model
 from zoo.models.names import check_name, operator_in
 from zoo.models.spec import PLAIN
 from zoo.provenance import command_of, origin, portable, program
+from zoo.training.class_accuracy import show_class_accuracies
 from zoo.training.export import export as export_folder
 from zoo.training.network import CALIBRATION_IMAGES
 
@@ -95,9 +96,9 @@ def add_measure(commands: Commands) -> None:
     command = commands.add_parser("measure", help="measure a checkpoint folder's accuracy, e.g. of a converted one")
     command.description = "Measure a checkpoint on validation and test images, and record it in its config and card."
     command.add_argument("name", help="the checkpoint's folder or name")
-    command.add_argument("--data", help=f"one of {', '.join(DATA)}; by default what was measured on, else ImageFolder")
-    command.add_argument("--root", help="the folder of the images, for an ImageFolder that with train/ and val/")
-    command.add_argument("--title", help="of an ImageFolder, as shown beside the numbers; by default its folder's name")
+    command.add_argument("--data", help=f"one of {', '.join(DATA)}; by default what was measured on, else your own")
+    command.add_argument("--root", help="the folder that holds train/, or the CSV file of an ImageTable")
+    command.add_argument("--title", help="of your own images, as shown beside the numbers; by default their folder's")
     command.add_argument("--licence", help="of the weights, to be recorded, too")
     command.set_defaults(function=measure)
 
@@ -119,7 +120,7 @@ def show_list() -> None:
     table.columns[0].no_wrap = True
     for name in zoo.list_checkpoints():
         config = read_config(PRETRAINED / name)
-        for metric in config["metrics"]:
+        for metric in (metric for metric in config["metrics"] if metric["name"] == "accuracy"):
             data, value = f"{metric['dataset']}, {metric['split']}", f"{metric['value']:.4f}"
             table.add_row(name, data, value, f"{metric['images']:,}", f"{config['parameters']:,}")
     Console().print(table)
@@ -143,7 +144,7 @@ def _found(name: str, accuracy: bool) -> str:
     """Return what was found of a checkpoint that is what it claims to be."""
     if not accuracy:
         return "ok"
-    metric = read_config(zoo.find(name))["metrics"][-1]
+    metric = headline(read_config(zoo.find(name)))
     return f"ok, {metric['split']} accuracy {metric['value']:.4f} on {metric['images']:,} images, as recorded"
 
 
@@ -231,7 +232,11 @@ def _show_report(report: ConversionReport) -> None:
 
 def _read_classes(path: Path, count: int) -> list[str]:
     """Read the names of ``count`` classes, each in a line of its own."""
-    names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    try:
+        # Windows begins files with a mark that is no part of the first name.
+        names = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not in UTF-8 ({error}); save it as UTF-8") from error
     if len(names) != count or not all(names) or len(set(names)) < count:
         raise ValueError(
             f"{path} has {len(names)} lines, {len(set(names) - {''})} of them different names; the network has {count} "
@@ -246,8 +251,11 @@ def measure(
     """Measure a checkpoint on validation and test images, and record that in its config and card."""
     folder = find_local(name)
     measured_before = not (data or root) and bool(read_config(folder)["metrics"])
-    kind = None if measured_before else data or "ImageFolder"
-    _show_metrics(measure_folder(name, data_for(name, kind, root, title)))
+    own = "ImageTable" if root and Path(root).is_file() else "ImageFolder"
+    kind = None if measured_before else data or own
+    metrics, by_class = measure_folder(name, data_for(name, kind, root, title))
+    _show_metrics(metrics)
+    show_class_accuracies(by_class)
     if licence:
         zoo.record(name, licence=licence)
     print(f"recorded: {folder}")
@@ -266,4 +274,4 @@ def publish(
 
 def _show_metrics(metrics: Iterable[zoo.Metric]) -> None:
     for metric in metrics:
-        print(f"accuracy {metric.value:.4f} on {metric.dataset}, {metric.split} split, {metric.images:,} images")
+        print(f"{metric.name} {metric.value:.4f} on {metric.dataset}, {metric.split} split, {metric.images:,} images")

@@ -106,6 +106,10 @@ def readable_errors() -> Iterator[None]:
 
     ``ZOO_TRACEBACK=1`` shows the stack. Warnings are shown without the line of code that gave them.
     """
+    # What a terminal cannot show, such as a class name in another script, must not end a run.
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
     formatwarning = warnings.formatwarning
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     try:

@@ -1,24 +1,30 @@
 """Commands on images: preflight."""
 
+from pathlib import Path
+
 from rich.console import Console
 from rich.table import Table
 
 from zoo.commands.arguments import Commands
 from zoo.data.folder import ImageFolder
+from zoo.data.table import ImageTable
 
 
 def add_commands(commands: Commands) -> None:
     """Add the command and what it takes."""
-    command = commands.add_parser("preflight", help="open every image of a folder, and list all that cannot be read")
-    command.description = "Open every image of ROOT/train, val and test, and list all that cannot be read; then exit 1."
-    command.add_argument("root", metavar="ROOT", help="the folder that holds train, as for --data ImageFolder")
+    command = commands.add_parser("preflight", help="open every image of a data set, and list all that cannot be read")
+    command.description = "Open every image of train, val and test, and list all that cannot be read; then exit 1."
+    command.add_argument(
+        "root", metavar="ROOT", help="the folder that holds train (--data ImageFolder), or a table (--data ImageTable)"
+    )
     command.add_argument("--grey", action="store_true", help="for a network that takes one channel")
     command.set_defaults(function=preflight)
 
 
 def preflight(root: str, *, grey: bool = False) -> int:
-    """Open every image of the folder, and list all that cannot be read; return 1 if there are any."""
-    survey = ImageFolder(root, in_chans=1 if grey else 3).survey()
+    """Open every image of a folder or table, and list all that cannot be read; return 1 if there are any."""
+    kind = ImageTable if Path(root).is_file() else ImageFolder
+    survey = kind(root, in_chans=1 if grey else 3).survey()
     table = Table("split", "images", "classes", "in the smallest", "cannot be read")
     for split, (labels, broken) in survey.items():
         counts = labels.bincount()

@@ -2,12 +2,12 @@
 
 import argparse
 import contextlib
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
 from zoo.checkpoints.catalogue import PRETRAINED
 from zoo.commands.arguments import Commands, add_device, positive
+from zoo.files import relative
 from zoo.recipes.pages import write_reports
 from zoo.recipes.recipe import LEAST_SECONDS, need_checkout
 from zoo.recipes.tables import RESULTS, list_tables, read_table, result_path, run_table
@@ -79,7 +79,7 @@ def table(
         settings = {"device": Device.choose(device, compile), "minutes": minutes, "results": results}
         complete = run_table(chosen, scale, **settings)
     if complete:
-        print(f"every cell is trained: {os.path.relpath(result_path(chosen.name, scale, results))}")
+        print(f"every cell is trained: {relative(result_path(chosen.name, scale, results))}")
     return int(not complete)
 
 
@@ -97,4 +97,4 @@ def reports() -> None:
     """Write the generated parts of the README and the docs."""
     need_checkout("reports")
     for path in write_reports():
-        print(f"written: {os.path.relpath(path)}")
+        print(f"written: {relative(path)}")

@@ -7,6 +7,7 @@ from zoo.data.digits import Digits
 from zoo.data.folder import ImageFolder
 from zoo.data.module import ImageData
 from zoo.data.registry import DATA, build_data
+from zoo.data.table import ImageTable
 from zoo.data.torchvision_sets import CIFAR10, CIFAR100, MNIST
 
-__all__ = ["CIFAR10", "CIFAR100", "DATA", "MNIST", "Digits", "ImageData", "ImageFolder", "build_data"]
+__all__ = ["CIFAR10", "CIFAR100", "DATA", "MNIST", "Digits", "ImageData", "ImageFolder", "ImageTable", "build_data"]

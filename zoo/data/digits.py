@@ -6,7 +6,7 @@ from sklearn.datasets import load_digits
 
 from zoo.data.augmentation import Augment
 from zoo.data.image_sets import MemoryImages
-from zoo.data.module import ImageData, stratified_split
+from zoo.data.module import ClassWeights, ImageData, stratified_split
 
 
 class Digits(ImageData):
@@ -21,6 +21,8 @@ class Digits(ImageData):
         val_fraction: share of the training images held out for validation, in (0, 0.5].
         augment: of training images: "none", "crop" (random shift), "crop_flip" (and mirroring), "crop_flip_cutout"
             (and a black square) or "resized_crop_flip" (random resized crop and mirroring); "crop" by default.
+        class_weights: factors of the training loss, one for each class; or "auto", by which each class counts as much
+            as any other however many images it has; none by default.
         predict: image file or folder for predict; the test images by default.
     """
 
@@ -38,9 +40,10 @@ class Digits(ImageData):
         batch_size: int = 64,
         val_fraction: float = 0.1,
         augment: Augment | None = None,
+        class_weights: ClassWeights = None,
         predict: str | None = None,
     ) -> None:
-        super().__init__(batch_size, val_fraction, augment, predict)
+        super().__init__(batch_size, val_fraction, augment, class_weights, predict)
         self.save_hyperparameters()
 
     def load_split(self, split: str) -> MemoryImages:

@@ -1,7 +1,7 @@
 """Any folder of images: ``train/CLASS/*``, ``val/CLASS/*``, ``test/CLASS/*``."""
 
 import warnings
-from collections.abc import Sequence
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -9,27 +9,27 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from zoo.data.augmentation import Augment
-from zoo.data.image_files import (
-    MOST_UNREADABLE,
-    class_folders,
-    empty_folders,
-    first_ten,
-    images_in,
-    is_image,
-    unreadable,
-)
-from zoo.data.image_sets import ImageSet
-from zoo.data.module import SPLITS, ImageData
-from zoo.data.preflight import examine
-from zoo.models.transform import ImageTransform, usual_normalisation
+from zoo.data.contents import Contents, class_folders, first_ten, left_out, refuse_lost_link
+from zoo.data.image_files import MOST_UNREADABLE
+from zoo.data.labelled_files import LabelledFiles
+from zoo.data.module import SPLITS, ClassWeights
+from zoo.models.image_formats import has_image_ending
+
+# What the folders of the splits are called elsewhere, in small letters.
+CALLED = {
+    "train": ("train", "training"),
+    "val": ("val", "valid", "validation", "dev"),
+    "test": ("test", "testing"),
+}
 
 
-class ImageFolder(ImageData):
+class ImageFolder(LabelledFiles):
     """Your own images: root/train/CLASS/**, and, if you have them, root/val/CLASS/** and root/test/CLASS/**.
 
     Without ``val``, a share of ``train`` is held out for validation. Without ``test``, the validation images are the
-    test images too. Images are converted to grey or RGB, resized (the shorter side) and cropped in the centre; files
-    that do not end as images do (.jpg, .png, ...) are ignored.
+    test images too. Images are converted to grey or RGB, resized (the shorter side) and cropped in the centre; of
+    several frames, the first is taken. Files whose endings are none that Pillow reads are left out, and counted in a
+    warning; what is hidden (names that begin with a dot) is not looked at. Links to folders are followed.
 
     Each image of a split is read before the split is used, whether it then stays in memory or not, so that no file
     stops a run half way; one that stays on disk but once, as long as it does not change. The few that cannot be read
@@ -56,13 +56,15 @@ class ImageFolder(ImageData):
         memory_limit_mb: a split of more MiB than this, once decoded, is read from disk batch by batch.
         max_unreadable: up to so many files of a split that are no readable images are left out with a warning that
             names them; more are an error.
+        class_weights: factors of the training loss, one for each class in the order of their names; or "auto", by
+            which each class counts as much as any other however many images it has. None by default.
         predict: image file or folder for predict; the test images by default.
 
     Raises:
         FileNotFoundError: no train folder.
-        ValueError: fewer than two classes, a class without images, classes that differ between splits, a number
-            outside its range; from reading a split, more than ``max_unreadable`` files that are no readable images,
-            or a class that has no other.
+        ValueError: fewer than two classes, a class without images, classes that differ between splits, two folders of
+            one class, a link to a folder that it lies in, a number outside its range; from reading a split, more than
+            ``max_unreadable`` files that are no readable images, or a class that has no other.
     """
 
     def __init__(
@@ -80,116 +82,104 @@ class ImageFolder(ImageData):
         num_workers: int = 0,
         memory_limit_mb: int = 2048,
         max_unreadable: int = MOST_UNREADABLE,
+        class_weights: ClassWeights = None,
         predict: str | None = None,
     ) -> None:
-        super().__init__(batch_size, val_fraction, augment, predict)
-        input_size = 224 if input_size is None else input_size
-        in_chans = 3 if in_chans is None else in_chans
-        least = {"input_size": (input_size, 1), "num_workers": (num_workers, 0), "max_unreadable": (max_unreadable, 0)}
-        for name, (value, minimum) in least.items():
-            if value < minimum:
-                raise ValueError(f"{name} must be at least {minimum}, got {value}")
+        self.root = Path(root)
+        super().__init__(
+            self.root,
+            input_size=input_size,
+            in_chans=in_chans,
+            title=title or self.root.resolve().name,
+            licence=licence,
+            mean=mean,
+            std=std,
+            batch_size=batch_size,
+            val_fraction=val_fraction,
+            augment=augment,
+            num_workers=num_workers,
+            memory_limit_mb=memory_limit_mb,
+            max_unreadable=max_unreadable,
+            class_weights=class_weights,
+            predict=predict,
+        )
         self.save_hyperparameters()
         # Lightning's command line has recorded what it was told, which may be None.
-        self.hparams.update(input_size=input_size, in_chans=in_chans)
-        self.root = Path(root)
-        ImageTransform(in_chans, input_size)  # refuses other channels than it knows
-        self.input_size = input_size
-        self.in_chans = in_chans
-        self.title = title or self.root.resolve().name
-        self.licence = licence
-        usual_mean, usual_std = usual_normalisation(in_chans)
-        self.mean = mean or list(usual_mean)
-        self.std = std or list(usual_std)
-        if not len(self.mean) == len(self.std) == in_chans or not all(value > 0 for value in self.std):
-            raise ValueError(f"mean and std are {in_chans} numbers each (std above 0), got {self.mean} and {self.std}")
-        self.num_workers = num_workers
-        self.memory_limit_mb = memory_limit_mb
-        self.max_unreadable = max_unreadable
+        self.hparams.update(input_size=self.input_size, in_chans=self.in_chans)
+        self.contents: dict[str, dict[str, Contents]] = {}
         self.class_names = self._check_folders()
 
-    @property
-    def stored_size(self) -> int:
-        return round(self.input_size * 8 / 7) if self.augment == "resized_crop_flip" else self.input_size
-
-    def load_split(self, split: str) -> ImageSet:
-        if split == "test" and not self._has("test"):
-            return self.split("val")
-        if split == "test" or self._has("val"):
-            return self.image_set(split, *self._list(split))
-        files, labels = self._list("train")
-        kept, held = self.hold_out(labels)
-        chosen = kept if split == "train" else held
-        return self.image_set(split, [files[index] for index in chosen], labels[chosen])
-
-    def image_set(self, split: str, files: Sequence[Path], labels: Tensor) -> ImageSet:
-        """Read the images of a split, those of "train" at ``stored_size``; leave out what cannot be read, and say so.
-
-        Raises:
-            ValueError: more than ``max_unreadable`` of the files cannot be read, or none of a class can.
-        """
-        size = self.stored_size if split == "train" else self.input_size
-        images, broken = self._read_files(files, labels, ImageTransform(self.in_chans, size))
-        if len(broken) > self.max_unreadable:
-            then = (
-                f"; remove or replace them (python -m zoo preflight {self.root} lists all), or let more than "
-                f"{self.max_unreadable} of a split be left out (--data.max_unreadable)"
-            )
-            raise ValueError(unreadable(broken, len(files), then, most=10))
-        left = set(images.labels.tolist())
-        if lost := [name for label, name in enumerate(self.class_names) if label not in left]:
-            held = split == "val" and not self._has("val")
-            what = "part held out of train for validation" if held else f"{split} split"
-            then = f", and the {what} has no others of the classes {first_ten(lost)}; replace or add images"
-            raise ValueError(unreadable(broken, len(files), then))
-        if broken:
-            warnings.warn(unreadable(broken, len(files), " and are left out"), stacklevel=2)
-        return images
-
-    def _has(self, split: str) -> bool:
+    def has(self, split: str) -> bool:
         return (self.root / split).is_dir()
 
-    def survey(self) -> dict[str, tuple[Tensor, dict[Path, str]]]:
-        """Return of each split that has a folder the labels of its images, and why some cannot be read."""
-        found = {}
-        for split in filter(self._has, SPLITS):
-            files, labels = self._list(split)
-            found[split] = labels, examine(files, ImageTransform(self.in_chans, self.input_size))
-        return found
+    def files_of(self, split: str) -> tuple[list[Path], Tensor]:
+        classes = self._contents_of(split)
+        files = [file for name in self.class_names for file in classes[name].images]
+        counts = [len(classes[name].images) for name in self.class_names]
+        return files, torch.arange(self.num_classes).repeat_interleave(torch.tensor(counts))
 
-    def _list(self, split: str) -> tuple[list[Path], Tensor]:
-        classes = [sorted(images_in(self.root / split / name)) for name in self.class_names]
-        files = [file for images in classes for file in images]
-        return files, torch.arange(self.num_classes).repeat_interleave(
-            torch.tensor([len(images) for images in classes])
-        )
+    def _contents_of(self, split: str) -> dict[str, Contents]:
+        """Return what is in each class folder of a split, which is looked through when first asked for."""
+        if split not in self.contents:
+            folders = class_folders(self.root / split)
+            self.contents[split] = {name: Contents.of(folder) for name, folder in folders.items()}
+        return self.contents[split]
 
     def _check_folders(self) -> list[str]:
         train = self.root / "train"
-        if not self._has("train"):
-            raise FileNotFoundError(f"no folder {train}; images are expected in {self.root}/train/CLASS/*")
-        names, problems = class_folders(train), []
+        for split in SPLITS:
+            refuse_lost_link(self.root / split)
+        if not self.has("train"):
+            other = self._called_otherwise().get("train")
+            hint = f" (is it {self.root / other}?)" if other else ""
+            raise FileNotFoundError(f"no folder {train}{hint}; images are expected in {self.root}/train/CLASS/*")
+        names, problems = list(class_folders(train)), []
         if len(names) < 2:
             found = ", ".join(names) or "none"
             problems.append(f"{train} needs a folder for each of two or more classes, but has {found}")
-        for folder in (self.root / split for split in filter(self._has, SPLITS)):
-            if empty := empty_folders(folder):
-                problems.append(
-                    f"no image in the class folders {first_ten(empty)} of {folder}; add images or remove the folders"
-                )
-            if (theirs := class_folders(folder)) != names:
-                only = {train: set(names) - set(theirs), folder: set(theirs) - set(names)}
-                told = " and ".join(
-                    f"only {place} has {first_ten(sorted(extra))}" for place, extra in only.items() if extra
-                )
-                problems.append(
-                    f"{folder} and {train} must have the same class folders, but {told}; add or remove these"
-                )
+        for split in filter(self.has, SPLITS):
+            problems += self._problems_of(split, names)
         if problems:
             raise ValueError("\n".join(problems))
-        for split in filter(self._has, SPLITS):
-            if loose := sum(map(is_image, (self.root / split).iterdir())):
+        for split in filter(self.has, SPLITS):
+            if others := sum((contents.others for contents in self._contents_of(split).values()), Counter()):
+                warnings.warn(f"{self.root / split}: {left_out(others)}", stacklevel=3)
+            if loose := sum(map(_is_loose_image, (self.root / split).iterdir())):
                 warnings.warn(f"{loose} images in {self.root / split} are in no class folder: left out", stacklevel=3)
-        if not self._has("test"):
+        for split, name in self._called_otherwise().items():
+            warnings.warn(f"{self.root / name} is not used; call it {split} if it has the {split} images", stacklevel=3)
+        if not self.has("test"):
             rank_zero_info(f"{self.root} has no test folder: its validation images are its test images, too")
         return names
+
+    def _called_otherwise(self) -> dict[str, str]:
+        """Return of each split that has no folder the name of one that may be meant."""
+        names = sorted(path.name for path in self.root.iterdir() if path.is_dir()) if self.root.is_dir() else []
+        return {
+            split: name
+            for split in SPLITS
+            for name in reversed(names)
+            if not self.has(split) and name.lower() in CALLED[split]
+        }
+
+    def _problems_of(self, split: str, names: list[str]) -> list[str]:
+        """Say what is wrong with the class folders of a split, beside those of train."""
+        folder, train, problems = self.root / split, self.root / "train", []
+        contents = self._contents_of(split)
+        if empty := [name for name, found in contents.items() if not found.images]:
+            others = sum((contents[name].others for name in empty), Counter())
+            told = f" ({left_out(others)})" if others else ""
+            problems.append(
+                f"no image in the class folders {first_ten(empty)} of {folder}{told}; add images or remove the folders"
+            )
+        if list(contents) != names:
+            only = {train: set(names) - set(contents), folder: set(contents) - set(names)}
+            told = " and ".join(
+                f"only {place} has {first_ten(sorted(extra))}" for place, extra in only.items() if extra
+            )
+            problems.append(f"{folder} and {train} must have the same class folders, but {told}; add or remove these")
+        return problems
+
+
+def _is_loose_image(path: Path) -> bool:
+    return has_image_ending(path) and path.is_file() and not path.name.startswith(".")

@@ -1,8 +1,8 @@
-"""Image files: which there are, how they are decoded, and what is wrong with those that cannot be."""
+"""Image files: how they are decoded, and what is wrong with those that cannot be."""
 
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
@@ -10,9 +10,10 @@ import numpy as np
 import torch
 from rich.progress import track
 from torch import Tensor
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from zoo.models.transform import ImageTransform, reason
+from zoo.data.contents import Contents, left_out
+from zoo.models.image_formats import image_endings
+from zoo.models.transform import ImageTransform
 from zoo.statistics import evenly_spaced
 
 # So many files of a split may be no readable images, unless another number is given.
@@ -25,6 +26,8 @@ WORTH_A_PROGRESS_BAR = 2000
 def find_images(path: Path) -> list[Path]:
     """Return ``path`` itself if it is a file, else the sorted images in that folder and the folders in it.
 
+    What is left out there is told by a warning.
+
     Raises:
         FileNotFoundError: no such file or folder.
         ValueError: a folder without images.
@@ -33,20 +36,13 @@ def find_images(path: Path) -> list[Path]:
         return [path]
     if not path.is_dir():
         raise FileNotFoundError(f"no image file or folder {path}; check the path")
-    files = sorted(images_in(path))
-    if not files:
-        raise ValueError(f"no image in {path}; images end in {', '.join(IMG_EXTENSIONS)}")
-    return files
-
-
-def class_folders(folder: Path) -> list[str]:
-    """Return the sorted names of the class folders in a split's folder."""
-    return sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-
-
-def empty_folders(folder: Path) -> list[str]:
-    """Return the names of the class folders that hold no image."""
-    return [name for name in class_folders(folder) if next(images_in(folder / name), None) is None]
+    found = Contents.of(path)
+    if not found.images:
+        others = f" ({left_out(found.others)})" if found.others else ""
+        raise ValueError(f"no image in {path}{others}; images end in {', '.join(sorted(image_endings()))}")
+    if found.others:
+        warnings.warn(f"{path}: {left_out(found.others)}", stacklevel=2)
+    return found.images
 
 
 def decode_each(
@@ -58,7 +54,7 @@ def decode_each(
         try:
             keep(index, transform.read(files[index]).numpy())
         except ValueError as error:
-            return files[index], reason(error.__cause__)
+            return files[index], str(error.__cause__)
         return None
 
     quiet = len(files) < WORTH_A_PROGRESS_BAR or not sys.stdout.isatty()
@@ -102,22 +98,3 @@ def unreadable(
     if len(lines) < len(reasons):
         lines.append(f"... and {len(reasons) - len(lines)} more")
     return "\n  ".join([f"{len(reasons)} of {count} images cannot be read{then}:", *lines])
-
-
-def images_in(folder: Path) -> Iterator[Path]:
-    """Yield the images in a folder and the folders in it."""
-    return (file for file in folder.rglob("*") if is_image(file) and not _is_hidden(file.relative_to(folder)))
-
-
-def is_image(file: Path) -> bool:
-    # Copying from a Mac leaves "._name.jpg" beside "name.jpg". A link to what is not there is an image that is missing.
-    named = file.suffix.lower() in IMG_EXTENSIONS and not file.name.startswith(".")
-    return named and (file.is_file() or (file.is_symlink() and not file.exists()))
-
-
-def _is_hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
-
-
-def first_ten(names: list[str]) -> str:
-    return ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")

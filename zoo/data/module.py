@@ -5,7 +5,7 @@ import contextlib
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import numpy as np
@@ -17,12 +17,8 @@ from torch.utils.data import DataLoader
 
 from operators.lookup import unknown_name
 from zoo.data.augmentation import AUGMENTS, Augment, augment_batch, to_float
-from zoo.data.image_files import (
-    decode_each,
-    empty_images,
-    find_images,
-    unreadable,
-)
+from zoo.data.contents import first_ten
+from zoo.data.image_files import decode_each, empty_images, find_images, unreadable
 from zoo.data.image_sets import DiskImages, ImageSet, MemoryImages
 from zoo.data.loaders import DistributedBatchSampler, Loader, TrainingLoader, collate_unchanged
 from zoo.data.preflight import examine
@@ -35,10 +31,13 @@ STAGES = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "pre
 SPLITS = ("train", "val", "test")
 
 # Arguments that say how images are used, not which they are.
-USES = ("batch_size", "augment", "predict")
+USES = ("batch_size", "augment", "class_weights", "predict")
 
 # Held-out images never depend on the global seed, so that accuracies of different runs compare.
 SPLIT_SEED = 0
+
+# Factors of the training loss, as a data module is given them.
+ClassWeights = list[float] | Literal["auto"] | None
 
 # The label of an image whose class nobody has told.
 UNLABELLED = -1
@@ -67,6 +66,8 @@ class ImageData(L.LightningDataModule, abc.ABC):
         augment: of training images: "none", "crop" (random shift), "crop_flip" (and mirroring), "crop_flip_cutout"
             (and a black square) or "resized_crop_flip" (random resized crop and mirroring); ``default_augment`` by
             default.
+        class_weights: factors of the training loss, one for each class; or "auto", by which each class counts as much
+            as any other however many images it has (inverse frequency); none by default.
         predict: image file or folder for predict; the test images by default.
 
     Raises:
@@ -83,7 +84,14 @@ class ImageData(L.LightningDataModule, abc.ABC):
     licence: str
     default_augment: Augment = "crop_flip"
 
-    def __init__(self, batch_size: int, val_fraction: float, augment: Augment | None, predict: str | None) -> None:
+    def __init__(
+        self,
+        batch_size: int,
+        val_fraction: float,
+        augment: Augment | None,
+        class_weights: ClassWeights,
+        predict: str | None,
+    ) -> None:
         super().__init__()
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
@@ -95,6 +103,7 @@ class ImageData(L.LightningDataModule, abc.ABC):
         self.batch_size = batch_size
         self.val_fraction = val_fraction
         self.augment = augment
+        self.class_weights = class_weights
         self.num_workers = 0
         self.memory_limit_mb = 2048
         self.predict_files = [] if predict is None else [str(file) for file in find_images(Path(predict))]
@@ -118,6 +127,28 @@ class ImageData(L.LightningDataModule, abc.ABC):
     def load_split(self, split: str) -> ImageSet:
         """Read "train", "val" or "test"."""
 
+    def loss_weights(self) -> Tensor | None:
+        """Return the factor of each class in the training loss, float32 (num_classes,); None for all the same.
+
+        ``"auto"`` gives ``N / (K · N_k)``: with ``N_k`` of ``N`` training images in the ``k``-th of ``K`` classes, all
+        classes count the same, and the mean over the images is 1.
+
+        Raises:
+            ValueError: another number of weights than of classes, or one that is not more than 0 and finite.
+        """
+        if self.class_weights is None:
+            return None
+        if self.class_weights == "auto":
+            counts = torch.bincount(self.split("train").labels, minlength=self.num_classes)
+            return counts.sum() / (self.num_classes * counts)
+        weights = torch.tensor(self.class_weights, dtype=torch.float32)
+        if len(weights) != self.num_classes or not (weights > 0).all() or not weights.isfinite().all():
+            raise ValueError(
+                f'class_weights is "auto", or a number more than 0 for each of the {self.num_classes} classes, in this '
+                f"order: {first_ten(self.class_names)}; got {self.class_weights}"
+            )
+        return weights
+
     def split(self, split: str) -> ImageSet:
         """Return "train", "val", "test" or "predict", which is read when first asked for and then kept."""
         if split not in self._sets:
@@ -135,6 +166,9 @@ class ImageData(L.LightningDataModule, abc.ABC):
         with first_alone(self.trainer):
             for split in STAGES[stage]:
                 self.split(split)
+        if stage == "fit":
+            # Weights that do not fit are told before a run has a folder.
+            self.loss_weights()
 
     def train_dataloader(self) -> TrainingLoader:
         return self._loader("train")

@@ -24,7 +24,7 @@ def examine(files: Sequence[Path], transform: ImageTransform) -> dict[Path, str]
     """
     if not files:
         return {}
-    record = _record(os.path.commonpath([file.absolute().parent for file in files]), transform)
+    record = _record(_common_folder(files), transform)
     sound = _read(record)
     stamps = {file: _stamp(file) for file in files}
     fresh = [file for file in files if sound.get(str(file.absolute())) != stamps[file]]
@@ -40,6 +40,14 @@ def examine(files: Sequence[Path], transform: ImageTransform) -> dict[Path, str]
             record.parent.mkdir(parents=True, exist_ok=True)
             write_whole(record, json.dumps(sound))
     return broken
+
+
+def _common_folder(files: Sequence[Path]) -> str:
+    try:
+        return os.path.commonpath([file.absolute().parent for file in files])
+    # They are on several drives of Windows.
+    except ValueError:
+        return ""
 
 
 def _record(folder: str, transform: ImageTransform) -> Path:

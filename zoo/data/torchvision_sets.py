@@ -10,7 +10,7 @@ from torchvision.datasets.vision import VisionDataset
 
 from zoo.data.augmentation import Augment
 from zoo.data.image_sets import MemoryImages
-from zoo.data.module import ImageData
+from zoo.data.module import ClassWeights, ImageData
 
 
 class TorchvisionData(ImageData):
@@ -24,6 +24,8 @@ class TorchvisionData(ImageData):
             (and a black square) or "resized_crop_flip" (random resized crop and mirroring); "crop" for MNIST and
             "crop_flip" for CIFAR by default.
         download: whether to download the data set into ``root`` if it is not there.
+        class_weights: factors of the training loss, one for each class; or "auto", by which each class counts as much
+            as any other however many images it has; none by default.
         predict: image file or folder for predict; the test images by default.
 
     Raises:
@@ -37,9 +39,10 @@ class TorchvisionData(ImageData):
         val_fraction: float = 0.1,
         augment: Augment | None = None,
         download: bool = False,
+        class_weights: ClassWeights = None,
         predict: str | None = None,
     ) -> None:
-        super().__init__(batch_size, val_fraction, augment, predict)
+        super().__init__(batch_size, val_fraction, augment, class_weights, predict)
         self.save_hyperparameters()
         self.root = root
         self.download = download

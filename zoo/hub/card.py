@@ -105,8 +105,8 @@ def metadata(config: Mapping[str, Any], architecture: str, operator_name: str) -
     known = " " not in licence
     trained_on = HUB_DATASETS.get(config["training"].get("data", {}).get("name"))
     measured_on = config.get("measured_on") or config["training"].get("data", {})
-    # The Hub's name of any folder of images.
-    known_data = {**HUB_DATASETS, "ImageFolder": "imagefolder"}
+    # The Hub's name of any images and labels in files.
+    known_data = {**HUB_DATASETS, "ImageFolder": "imagefolder", "ImageTable": "imagefolder"}
     results = [
         EvalResult(
             task_type="image-classification",
@@ -122,9 +122,10 @@ def metadata(config: Mapping[str, Any], architecture: str, operator_name: str) -
     return ModelCardData(
         license=licence.lower() if known else "other",
         license_name=None if known else re.sub("[^a-z0-9.]+", "-", licence.lower()).strip("-"),
-        library_name="decoupled-zoo",
+        # No library is named, nor tagged: downloads are counted by config.json then, and by nothing for a library that
+        # the Hub does not know; of one that it knows, such as timm, it shows how to load the network without the zoo.
         pipeline_tag="image-classification",
-        tags=["image-classification", "decoupled-networks", "timm", architecture, operator_name],
+        tags=["image-classification", "decoupled-networks", architecture, operator_name],
         datasets=[trained_on] if trained_on else None,
         # The Hub wants a model's name beside results, and nowhere else.
         model_name=config["name"] if results else None,

@@ -252,6 +252,8 @@ def _explanation(what: str, error: BaseException, seconds: float) -> str:
     endpoint = constants.ENDPOINT
     if isinstance(error, OutOfTime):
         return f"{what}: {endpoint} sent too little for {seconds:.0f} s; try again, or look after the network"
+    if refused := refused_token(error):
+        return f"{what}: {refused}"
     if isinstance(error, errors.RevisionNotFoundError):
         return f"{what}: the repository has no such revision; name a commit, branch or tag that it has"
     if isinstance(error, errors.RepositoryNotFoundError | errors.GatedRepoError) or status_of(error) in (401, 403):
@@ -263,6 +265,28 @@ def _explanation(what: str, error: BaseException, seconds: float) -> str:
     if isinstance(error, OSError) and error.errno is not None and not isinstance(error, errors.HfHubHTTPError):
         return f"{what} cannot be written into the Hub's cache, {constants.HF_HUB_CACHE} ({error}); HF_HOME moves it"
     return f"{what} cannot be had from {endpoint} ({type(error).__name__}: {error})"
+
+
+def refused_token(error: BaseException) -> str | None:
+    """Say that the Hub refuses the user's token, if that is why it answered so; the client may call it a missing page.
+
+    The client sends the token with every request, and the Hub then refuses what anyone may read without.
+    """
+    if status_of(error) != 401 or constants.HF_HUB_DISABLE_IMPLICIT_TOKEN or not huggingface_hub.get_token():
+        return None
+    try:
+        in_time(SECONDS_TO_ANSWER, huggingface_hub.HfApi().whoami)
+        return None
+    # The client, and what it is made of, have no error in common.
+    except Exception as answer:
+        if status_of(answer) != 401:
+            return None
+    named = next((name for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN") if os.environ.get(name)), None)
+    where, away = (named, f"unset {named}") if named else (constants.HF_TOKEN_PATH, "hf auth logout")
+    return (
+        f"{constants.ENDPOINT} refuses your token ({where}): it has expired, or is mistyped. Renew it (hf auth login, "
+        f"or {constants.ENDPOINT}/settings/tokens), or go without one ({away}), as all may read public repositories"
+    )
 
 
 def status_of(error: BaseException | None) -> int | None:

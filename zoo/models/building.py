@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 import threading
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,7 +17,7 @@ from operators.lookup import look_up, unknown_name
 from zoo.architectures import ARCHITECTURES
 from zoo.models.image_model import ImageModel, check_input_size, default_input_size, names_of_classes, size_error
 from zoo.models.spec import PLAIN, ModelSpec
-from zoo.models.transform import usual_normalisation
+from zoo.models.transform import check_normalisation, usual_normalisation
 
 # Parameters that a network may have which a checkpoint describes.
 MOST_PARAMETERS = 5000
@@ -55,17 +56,17 @@ def build(
         TypeError: an argument that the architecture does not have.
     """
     config = None if operator == PLAIN else OperatorConfig.parse(operator)
+    for what, values in {"mean": mean, "std": std}.items():
+        check_normalisation(what, values or ())
+    architecture = current_name(architecture)
     names = names_of_classes(class_names, num_classes)
     network = _build_network(architecture, len(names), in_chans, input_size, architecture_args)
-    usual_mean, usual_std = usual_normalisation(in_chans)
     # Pretrained weights expect the pixels that they were trained on.
     made_for = getattr(network, "pretrained_cfg", None) if architecture_args.get("pretrained") else None
-    if made_for:
-        usual_mean, usual_std = made_for["mean"], made_for["std"]
-        if in_chans != 3:
-            usual_mean, usual_std = ([sum(values) / 3] * in_chans for values in (usual_mean, usual_std))
+    usual_mean, usual_std = _normalisation_of(made_for, in_chans)
     spec = ModelSpec(
-        architecture=architecture,
+        # The tag after the dot names weights; the network is the same without it.
+        architecture=architecture.partition(".")[0],
         operator=config,
         class_names=names,
         in_chans=in_chans,
@@ -80,6 +81,14 @@ def build(
     if model.spec.input_size != default_input_size(model.network):
         check_input_size(model)
     return model
+
+
+def _normalisation_of(made_for: Mapping[str, Any] | None, in_chans: int) -> tuple[Sequence[float], Sequence[float]]:
+    """Return the mean and std that pretrained weights expect, or else the usual ones."""
+    if not made_for:
+        return usual_normalisation(in_chans)
+    mean, std = made_for["mean"], made_for["std"]
+    return (mean, std) if in_chans == 3 else ([sum(mean) / 3] * in_chans, [sum(std) / 3] * in_chans)
 
 
 def build_from(spec: ModelSpec) -> ImageModel:
@@ -119,6 +128,21 @@ def check_size(spec: ModelSpec, largest: int) -> None:
             _build_network(spec.architecture, len(spec.class_names), spec.in_chans, spec.input_size, spec.model_args)
     finally:
         hook.remove()
+
+
+def current_name(architecture: str) -> str:
+    """Return the name of today of an architecture, with the tag of its weights, if timm has renamed it, and tell it.
+
+    Raises:
+        ValueError: timm has it no more.
+    """
+    renamed = timm.models.get_deprecated_models()
+    if architecture not in renamed:
+        return architecture
+    if renamed[architecture] is None:
+        raise ValueError(unknown_name("architecture (timm has it no more)", architecture, (), timm.list_models()))
+    warnings.warn(f"timm calls {architecture} {renamed[architecture]} today, which is taken", stacklevel=1)
+    return renamed[architecture]
 
 
 def list_architectures(own: bool = False) -> list[str]:

@@ -2,8 +2,9 @@
 
 import dataclasses
 import math
+import operator
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -25,7 +26,8 @@ class ImageModel(nn.Module):
 
     Attributes:
         network: the plain or decoupled network.
-        spec: the :class:`ModelSpec` it was built from.
+        spec: the :class:`ModelSpec` it was built from. The mean and std of the pixels are part of it, and not of the
+            state dict, which has the network's tensors alone.
         transform: turns a PIL image into one image of the shape below.
 
     Shape:
@@ -47,6 +49,7 @@ class ImageModel(nn.Module):
         self.register_buffer("mean", torch.tensor(spec.mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(spec.std).view(-1, 1, 1), persistent=False)
         self._range_is_checked = False
+        self.register_load_state_dict_post_hook(_normalise_as_the_spec_says)
 
     def forward(self, images: Tensor) -> Tensor:
         self._check(images)
@@ -114,11 +117,16 @@ class ImageModel(nn.Module):
 
         Raises:
             FileNotFoundError: no such file.
-            TypeError, ValueError: something else than these images, a file that is no readable image, or ``top`` below
-                1.
+            TypeError, ValueError: something else than these images, a file that is no readable image, ``top`` below 1,
+                or answers that are not finite.
         """
-        if isinstance(top, bool) or not isinstance(top, int) or top < 1:
+        if isinstance(top, bool) or not hasattr(top, "__index__") or (top := operator.index(top)) < 1:
             raise ValueError(f"top is a number of classes, at least 1, got {top!r}")
+        if isinstance(images, bytes | bytearray | Mapping) or hasattr(images, "read"):
+            raise TypeError(
+                f"classify takes the path of an image file, a PIL image or a tensor, or several, got "
+                f"{type(images).__name__}; PIL.Image.open reads open files, and io.BytesIO makes one of bytes"
+            )
         is_batch = isinstance(images, Tensor) and images.dim() != 3
         single = not is_batch and (isinstance(images, str | Tensor) or not isinstance(images, Iterable))
         # Images that do not come as a batch may be of different sizes, and go one by one.
@@ -130,13 +138,19 @@ class ImageModel(nn.Module):
     def _as_batch(self, image: str | os.PathLike[str] | Image.Image | Tensor) -> Tensor:
         if isinstance(image, str | os.PathLike):
             if not Path(image).is_file():
-                raise FileNotFoundError(f"no image file {os.fspath(image)}; check the path")
+                fetch = "fetch it first" if "://" in os.fspath(image) else "check the path"
+                raise FileNotFoundError(f"no image file {os.fspath(image)}; {fetch}")
             image = self.transform.read(Path(image)).float() / 255
         elif not isinstance(image, Tensor):
             image = self.transform(image)
         return image.unsqueeze(0).to(self.mean.device)
 
     def _guesses(self, logits: Tensor, top: int) -> list[list[Guess]]:
+        if not logits.isfinite().all():
+            raise ValueError(
+                "the network's answers are not finite (NaN or infinite), so no class is likely; run it in float32 "
+                "(model.float()), or see whether its weights are whole (zoo.verify)"
+            )
         values, labels = logits.float().softmax(1).topk(min(top, logits.shape[1]))
         rows = zip(labels.tolist(), values.tolist(), strict=True)
         return [[(self.class_names[label], value) for label, value in zip(*row, strict=True)] for row in rows]
@@ -227,8 +241,23 @@ def default_input_size(network: nn.Module) -> int:
 def names_of_classes(class_names: Sequence[str] | None, num_classes: int | None) -> tuple[str, ...]:
     if class_names is None:
         class_names = [str(label) for label in range(10 if num_classes is None else num_classes)]
+    if isinstance(class_names, str | Mapping) or not isinstance(class_names, Iterable):
+        raise TypeError(f"class_names are a list of names, one for each class, got {class_names!r}")
+    class_names = tuple(class_names)
+    if wrong := [name for name in class_names if not isinstance(name, str)]:
+        raise TypeError(
+            f"class_names are names, got {wrong[0]!r} of type {type(wrong[0]).__name__}; str() makes one of it"
+        )
     if num_classes is not None and num_classes != len(class_names):
         raise ValueError(f"num_classes={num_classes}, but there are {len(class_names)} class names")
     if not class_names:
         raise ValueError("a model needs at least one class (num_classes, class_names), got none")
-    return tuple(class_names)
+    return class_names
+
+
+def _normalise_as_the_spec_says(model: ImageModel, keys: object) -> None:
+    """Fill the mean and std anew after a state dict was loaded, which has neither: they may have had no memory yet."""
+    if model.mean.is_meta:
+        device = next(model.network.parameters()).device
+        model.mean, model.std = (torch.empty_like(buffer, device=device) for buffer in (model.mean, model.std))
+    model.normalise_as(model.spec)

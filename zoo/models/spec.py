@@ -1,17 +1,15 @@
 """What a model is made of, as plain values from which it can be built again."""
 
 import dataclasses
+import unicodedata
 from collections.abc import Mapping
 from typing import Any
 
 from operators import OperatorConfig
+from operators.convert import STAND_IN
 from zoo.architectures import ARCHITECTURES
 
 PLAIN = "conv"
-
-# What those who read config.json as timm's are told to build, in place of a network that they would build plain, or
-# load without our checks (see zoo.checkpoints.timm_entry_points).
-STAND_IN = "decoupled_zoo"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +19,7 @@ class ModelSpec:
     Args:
         architecture: a name that :func:`list_architectures` lists.
         operator: the operator of its convolutions; None for the plain network.
-        class_names: one for each logit.
+        class_names: one for each logit, in Unicode's composed form.
         in_chans: channels of the images.
         input_size: height and width of the images, in pixels.
         mean, std: of the pixels in [0, 1], one for each channel.
@@ -38,6 +36,9 @@ class ModelSpec:
     std: tuple[float, ...]
     model_args: Mapping[str, Any]
     layer_settings: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "class_names", tuple(map(composed, self.class_names)))
 
     @property
     def operator_name(self) -> str:
@@ -69,3 +70,8 @@ class ModelSpec:
         values.update({name: tuple(values[name]) for name in ("class_names", "mean", "std")})
         operator = values["operator"]
         return cls(**{**values, "operator": None if operator == PLAIN else OperatorConfig.parse(operator)})
+
+
+def composed(name: str) -> str:
+    """Return a name in Unicode's composed form (NFC), since macOS and Linux write é by other characters."""
+    return unicodedata.normalize("NFC", name)

@@ -1,6 +1,8 @@
 """From a PIL image to the tensor that a model takes."""
 
 import dataclasses
+import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +10,8 @@ import torch
 import torchvision.transforms.v2.functional as TF
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
+
+from zoo.models.image_formats import HEIF, cure, has_image_ending
 
 MODES = {1: "L", 3: "RGB"}
 
@@ -18,6 +22,21 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 def usual_normalisation(in_chans: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Return the mean and std, for pixels in [0, 1], of images of which nothing else is known: ImageNet's for RGB."""
     return (IMAGENET_MEAN, IMAGENET_STD) if in_chans == 3 else ((0.5,) * in_chans, (0.25,) * in_chans)
+
+
+def check_normalisation(what: str, values: Sequence[float]) -> None:
+    """Refuse a ``"mean"`` or ``"std"`` that is not that of pixels in [0, 1].
+
+    Raises:
+        ValueError: it is not.
+    """
+    lowest = 0.0 if what == "mean" else math.ulp(0.0)
+    if not all(lowest <= value <= 1 for value in values):
+        share = "at least 0" if what == "mean" else "more than 0"
+        raise ValueError(
+            f"{what} is that of pixels in [0, 1], {share} and at most 1, got {list(values)}; if it is that of bytes, "
+            "divide it by 255"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,16 +75,17 @@ class ImageTransform:
         try:
             if not file.stat().st_size:
                 raise ValueError("the file is empty")
-            with Image.open(file) as image:
-                if image.width * image.height > Image.MAX_IMAGE_PIXELS:
+            with _opened(file) as image:
+                most = Image.MAX_IMAGE_PIXELS
+                if most is not None and image.width * image.height > most:
                     raise ValueError(
-                        f"{image.width}×{image.height} pixels are more than {Image.MAX_IMAGE_PIXELS:,}: a "
-                        "decompression bomb, or an image to be scaled down"
+                        f"{image.width}×{image.height} pixels are more than {most:,}: a decompression bomb, or an "
+                        "image to be scaled down (PIL.Image.MAX_IMAGE_PIXELS = None lifts the limit)"
                     )
                 return self.pixels(image)
         # PIL raises whatever the broken bytes lead to.
         except Exception as error:
-            raise ValueError(f"{file} is no readable image ({reason(error)}); remove or replace it") from error
+            raise ValueError(f"{file} is no readable image ({error}); remove or replace it") from error
 
     def pixels(self, image: Image.Image) -> Tensor:
         """Return the same tensor as uint8 in 0..255."""
@@ -75,21 +95,35 @@ class ImageTransform:
                 "makes one of bytes (H, W) or (H, W, 3), and a tensor in [0, 1], (N, C, H, W), goes into the model as "
                 "it is"
             )
-        image = _on_white(_eight_bits(ImageOps.exif_transpose(image))).convert(MODES[self.in_chans])
+        image = _on_white(_eight_bits(ImageOps.exif_transpose(image), image.format)).convert(MODES[self.in_chans])
         if image.size != (self.input_size, self.input_size):
             image = TF.center_crop(TF.resize(image, [self.input_size]), [self.input_size])
         return TF.pil_to_tensor(image)
 
 
-def reason(error: BaseException) -> str:
-    """Return why an image cannot be read; PIL repeats the file's name where it does not know its kind."""
-    return "no image of a known kind" if isinstance(error, UnidentifiedImageError) else str(error)
+def _opened(file: Path) -> Image.Image:
+    ready = has_image_ending(file)
+    try:
+        return Image.open(file)
+    # Pillow's own message has but the file's name.
+    except UnidentifiedImageError as error:
+        more = "" if ready or file.suffix.lower() not in HEIF else f"; {cure(file.suffix.lower())}"
+        raise ValueError(f"no image of a known kind{more}") from error
 
 
-def _eight_bits(image: Image.Image) -> Image.Image:
-    """Return an image that PIL converts without loss of range: it clips pixels of more than eight bits."""
-    if image.mode.startswith("I;16"):
-        return Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+def _eight_bits(image: Image.Image, form: str | None) -> Image.Image:
+    """Return an image that PIL converts without loss of range: it clips pixels of more than eight bits.
+
+    Args:
+        form: the kind of file that it is from, as PIL calls it.
+    """
+    # The range that a PGM file states, PIL has scaled to 16 bits.
+    if image.mode.startswith("I;16") or (image.mode == "I" and form == "PPM"):
+        short = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+        if "transparency" in image.info:
+            # The level that is transparent, of all 65,536.
+            short.info["transparency"] = image.info["transparency"] // 257
+        return short
     if image.mode in ("I", "F"):
         raise ValueError(
             f"its pixels (PIL's mode {image.mode}) have no stated range; save it with 8 or 16 bits a channel"

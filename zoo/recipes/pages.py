@@ -8,7 +8,7 @@ from typing import Any
 
 import zoo
 from zoo.checkpoints.catalogue import PRETRAINED
-from zoo.checkpoints.config import read_config
+from zoo.checkpoints.config import headline, read_config
 from zoo.files import write_whole
 from zoo.hub.repository import WEIGHTS
 from zoo.markdown import filled, markdown_table
@@ -69,7 +69,7 @@ def zoo_table() -> str:
     for name in (path.stem for path in recipes() if path.stem in embedded):
         folder = PRETRAINED / name
         config = read_config(folder)
-        metric = config["metrics"][-1]
+        metric = headline(config)
         low, high = interval(metric["value"], metric["images"])
         epochs = config["training"]["epochs"]
         rows.append(

@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import fnmatch
 import logging
-import os
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -15,6 +14,7 @@ import torch
 
 from zoo.data import ImageData
 from zoo.data.measuring import recorded_data
+from zoo.files import relative
 from zoo.recipes.epochs import EpochLines, StopInTime
 from zoo.resuming.files import LAST
 from zoo.resuming.folder import claim
@@ -113,7 +113,7 @@ def train(
         if finished or seconds > left:
             return Trained(last, finished, None, lines.epochs, lines.images_per_epoch, None)
         resume = ["--ckpt_path", str(last)]
-    arguments = ["fit", "--config", os.path.relpath(recipe), "--checkpoint.dirpath", str(folder)]
+    arguments = ["fit", "--config", relative(recipe), "--checkpoint.dirpath", str(folder)]
     arguments += [*device.options(), *options, *resume]
     stopped = None
     try:

@@ -87,5 +87,5 @@ def _export_verified(trained: Trained, folder: Path) -> None:
         if problems := zoo.verify(draft, data.evaluation_batches(split), split):
             raise zoo.CheckpointError("; ".join(problems))
         put_in_place(draft, folder, old=Path(scratch) / "old")
-    measured = ", ".join(f"{metric.split} accuracy {metric.value:.4f}" for metric in metrics)
+    measured = ", ".join(f"{metric.split} {metric.name} {metric.value:.4f}" for metric in metrics)
     print(f"{folder.name}: {measured}, verified", flush=True)

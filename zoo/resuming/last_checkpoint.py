@@ -1,7 +1,6 @@
 """When a run is saved: at the end of each epoch, before it validates, and before it stops."""
 
 import atexit
-import os
 import shlex
 import signal
 import warnings
@@ -13,7 +12,7 @@ from filelock import FileLock
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 
-from zoo.files import DRAFT
+from zoo.files import DRAFT, relative
 from zoo.provenance import program
 from zoo.resuming.files import LAST
 from zoo.resuming.folder import has_run, leave, put_last, take
@@ -67,7 +66,7 @@ class LastCheckpoint(Checkpoint):
         if trainer.ckpt_path is None and trainer.is_global_zero and (folder := self._folder(trainer)):
             if has_run(Path(folder)):
                 raise FileExistsError(
-                    f"{os.path.relpath(folder)} has the checkpoints of a run; go on with it (--ckpt_path; the command "
+                    f"{relative(folder)} has the checkpoints of a run; go on with it (--ckpt_path; the command "
                     "that began it does so when it is given again), or choose another folder (--checkpoint.dirpath)"
                 )
         self.signals.listen(trainer)
@@ -156,7 +155,7 @@ class LastCheckpoint(Checkpoint):
     def _tell(self, trainer: L.Trainer) -> None:
         """Say what is kept and how to go on."""
         folder = self._folder(trainer)
-        last = Path(os.path.relpath(folder)) / LAST if folder else None
+        last = Path(relative(folder)) / LAST if folder else None
         if last and last.exists():
             command = shlex.join([*program("python train.py"), "fit", "--ckpt_path", str(last)])
             step = "what was saved before" if self.saved_step is None else f"step {self.saved_step}"
@@ -201,3 +200,11 @@ def best_checkpoint(trainer: L.Trainer) -> ModelCheckpoint:
     if not found:
         raise ValueError("LastCheckpoint needs a ModelCheckpoint among the callbacks, whose folder it writes to")
     return found[-1]
+
+
+def best_settings(trainer: L.Trainer) -> dict[str, Any]:
+    """Return by what a run tells its best checkpoint, and how many it keeps, as :class:`RunRecord` has it."""
+    if not trainer.checkpoint_callbacks:
+        return {}
+    best = best_checkpoint(trainer)
+    return {name: getattr(best, name) for name in ("monitor", "filename", "save_top_k")}

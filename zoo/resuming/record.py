@@ -11,12 +11,10 @@ from typing import Any
 import torch
 
 from zoo.checkpoints.catalogue import list_checkpoints
+from zoo.checkpoints.config import RUN_RECORD
 from zoo.hub.repository import CONFIG
 from zoo.models.spec import ModelSpec
 from zoo.resuming.files import LAST, damage_in
-
-# The key of a Lightning checkpoint that holds the record.
-RECORD = "decoupled_zoo"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +30,7 @@ class RunRecord:
             it was adversarial, how and with which alarms.
         source: the name and the licence of the weights that it started from, if it did not start afresh.
         settings: the hash of its settings, if the command line began it.
+        best: by what the best checkpoint is told, and kept, as options of ``--checkpoint``.
     """
 
     spec: ModelSpec
@@ -41,6 +40,7 @@ class RunRecord:
     training: Mapping[str, Any]
     source: Mapping[str, str] | None = None
     settings: str | None = None
+    best: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def epochs(self) -> int:
@@ -80,9 +80,10 @@ class RunRecord:
             data=fields["data"],
             max_epochs=fields["trainer"]["max_epochs"],
             training=fields["training"],
-            # Earlier versions had neither.
+            # Earlier versions had none of these.
             source=fields.get("source"),
             settings=fields.get("settings"),
+            best=fields.get("best") or {},
         )
 
 
@@ -95,6 +96,11 @@ def read_lightning_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"no Lightning checkpoint {path}; {_meant_instead(Path(path))}")
+    if Path(path).suffix == ".safetensors":
+        raise ValueError(
+            f"{path} holds weights, and nothing of a run; to start from a checkpoint folder: --model.init_from "
+            f"{Path(path).parent}"
+        )
     try:
         with Path(path).open("rb") as file:
             # torch.load does not look at checksums.
@@ -107,7 +113,7 @@ def read_lightning_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
             f"{path} cannot be read as a Lightning checkpoint ({type(error).__name__}: {error}): it is damaged, or "
             "another kind of file; use another checkpoint of the run (best.ckpt), or begin it again in another folder"
         ) from error
-    if not isinstance(checkpoint, dict) or RECORD not in checkpoint:
+    if not isinstance(checkpoint, dict) or RUN_RECORD not in checkpoint:
         raise ValueError(f"{path} was not written by zoo.training.classifier.Classifier (python train.py fit)")
     return checkpoint
 
@@ -119,7 +125,7 @@ def record_in(checkpoint: Mapping[str, Any], path: str | os.PathLike[str] = "the
         ValueError: it has none that can be read.
     """
     try:
-        return RunRecord.from_dict(checkpoint[RECORD])
+        return RunRecord.from_dict(checkpoint[RUN_RECORD])
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{path} was not written by zoo.training.classifier.Classifier (python train.py fit), or by a version "

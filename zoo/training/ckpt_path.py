@@ -6,6 +6,7 @@ import inspect
 import json
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from jsonargparse import Namespace
@@ -18,6 +19,9 @@ from zoo.resuming.folder import usable_checkpoint
 from zoo.resuming.record import RunRecord, record_of
 from zoo.training.classifier import Classifier
 
+# Settings of data that came after version 0.2, with None for their default.
+LATER = ("class_weights",)
+
 
 def hash_of(settings: Namespace) -> str:
     """Return a hash of all settings of fit but its folder, in whatever words and files they were given."""
@@ -25,9 +29,20 @@ def hash_of(settings: Namespace) -> str:
     given.pop("config", None)
     # Commands are compared that name the same one, spelt in one way or another.
     del given["checkpoint"]["dirpath"]
+    # Runs of earlier versions know nothing of these settings, and have their defaults.
+    images = given["data"].get("init_args", {})
+    for name in (name for name in LATER if images.get(name) is None):
+        images.pop(name, None)
     text = json.dumps(given, sort_keys=True, default=str)
     # Runs of earlier versions have the callbacks' class paths in their hash.
     return hashlib.sha256(text.replace('"zoo.training.callbacks.', '"zoo.callbacks.').encode()).hexdigest()
+
+
+def config_files(arguments: Sequence[str]) -> list[Path]:
+    """Return the configuration files that arguments name."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("-c", "--config", action="append", default=[])
+    return [Path(file) for file in parser.parse_known_args(arguments)[0].config]
 
 
 def going_on(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -63,6 +78,9 @@ def checkpoint_settings(path: str, predicting: bool) -> list[str]:
     # Nothing but tensors and plain values is unpickled.
     settings = ["--weights_only", "true", "--model", json.dumps(model), "--checkpoint.dirpath", folder]
     settings += ["--trainer.max_epochs", json.dumps(record.max_epochs)]
+    # Otherwise the best checkpoint so far would be forgotten, and overwritten.
+    for name, value in record.best.items():
+        settings += [f"--checkpoint.{name}", value if isinstance(value, str) else json.dumps(value)]
     # What is drawn in the rest of the run follows from its seed.
     if record.seed >= 0:
         settings += ["--seed_everything", str(record.seed)]

@@ -16,17 +16,20 @@ from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 from torchvision.transforms.v2 import MixUp
 
+from zoo.checkpoints.config import RUN_RECORD
 from zoo.data.measuring import check_data
 from zoo.data.module import ImageData, first_alone, given_arguments
 from zoo.models.building import build_from
 from zoo.models.image_model import ImageModel
 from zoo.provenance import commit, origin
 from zoo.randomness import run_seed, seed_of
+from zoo.resuming.last_checkpoint import best_settings
 from zoo.resuming.lightning_internals import loader_states, trainer_of
-from zoo.resuming.record import RECORD, RunRecord, record_in
+from zoo.resuming.record import RunRecord, record_in
 from zoo.training.adversarial import AdversarialTraining, OverfittingAlarm, alarms_of
 from zoo.training.callbacks import MovingAverage
-from zoo.training.finite import SkippedSteps, stop_unless_finite
+from zoo.training.class_accuracy import ClassAccuracy, balanced, show_class_accuracies, told_weights
+from zoo.training.finite import SkippedSteps, refuse_bad_weights, stop_unless_finite
 from zoo.training.freezing import backbone, drop_gradients, freeze
 from zoo.training.network import check_network_settings, described, first_network
 from zoo.training.optimisation import check_optimiser_settings, orthogonality_penalty, refuse_changes, with_schedule
@@ -120,6 +123,8 @@ class Classifier(L.LightningModule):
         self.seen: tuple[Tensor, Tensor] | None = None
         # Name and licence of the weights that training started from.
         self.source: dict[str, str] | None = None
+        # Factors of the classes in the training loss; no part of the network.
+        self.register_buffer("loss_weights", None, persistent=False)
 
     def setup(self, stage: str) -> None:
         data = self._data()
@@ -133,6 +138,10 @@ class Classifier(L.LightningModule):
                 self._announce()
         if stage != "predict":
             check_data(self.model.spec, data)
+        if stage == "fit":
+            self.loss_weights = data.loss_weights()
+            if told := told_weights(data.class_names, self.loss_weights, data.split("train").labels):
+                rank_zero_info(told)
         # Asked for at the start, for files may change while the network trains.
         commit()
 
@@ -156,7 +165,8 @@ class Classifier(L.LightningModule):
         images = images.contiguous(memory_format=self.memory_format)
         if self.adversarial:
             images = self.adversarial.perturb(self.model, images, labels)
-        loss = F.cross_entropy(self.training_forward(images), labels, label_smoothing=self.hparams.label_smoothing)
+        logits, settings = self.training_forward(images), {"label_smoothing": self.hparams.label_smoothing}
+        loss = F.cross_entropy(logits, labels, self.loss_weights, **settings)
         self.seen = images, loss.detach()
         self.log("train_loss", loss, prog_bar=True)
         if self.hparams.orthogonality:
@@ -175,9 +185,23 @@ class Classifier(L.LightningModule):
     def test_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> None:
         self._evaluate(batch, "test")
 
+    def on_validation_epoch_end(self) -> None:
+        self._tell_classes("val")
+
+    def on_test_epoch_end(self) -> None:
+        correct, total = self._tell_classes("test")
+        counts = zip(correct.tolist(), total.tolist(), strict=True)
+        show_class_accuracies(dict(zip(self.model.class_names, counts, strict=True)))
+
     def predict_step(self, batch: Tensor, batch_index: int) -> Tensor:
         """Return the probability of each class, (N, num_classes)."""
-        return self.model(batch).softmax(1)
+        probabilities = self.model(batch).softmax(1)
+        if not probabilities.isfinite().all():
+            raise FloatingPointError(
+                "the network's answers are not finite (NaN); predict in --trainer.precision 32-true, or use another "
+                "checkpoint of the run"
+            )
+        return probabilities
 
     def configure_callbacks(self) -> list[Callback]:
         callbacks: list[Callback] = [OverfittingAlarm(self.adversarial)] if self.adversarial else []
@@ -230,8 +254,10 @@ class Classifier(L.LightningModule):
             },
             source=self.source,
             settings=self.settings,
+            best=best_settings(self.trainer),
         )
-        checkpoint[RECORD] = record.to_dict()
+        checkpoint[RUN_RECORD] = record.to_dict()
+        refuse_bad_weights(checkpoint.get("state_dict", {}), self.trainer)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         record, trainer = record_in(checkpoint), trainer_of(self)
@@ -292,6 +318,7 @@ class Classifier(L.LightningModule):
         self.accuracy = nn.ModuleDict(
             {f"{split}_accuracy": MulticlassAccuracy(classes, average="micro") for split in ("val", "test")}
         )
+        self.by_class = nn.ModuleDict({split: ClassAccuracy(classes) for split in ("val", "test")})
 
     def _data(self) -> ImageData:
         data = getattr(self.trainer, "datamodule", None)
@@ -306,5 +333,13 @@ class Classifier(L.LightningModule):
         logits = self.model(images.contiguous(memory_format=self.memory_format))
         name = f"{split}_accuracy"
         self.accuracy[name](logits, labels)
+        self.by_class[split].update(logits, labels)
         self.log(f"{split}_loss", F.cross_entropy(logits, labels), batch_size=len(labels), sync_dist=True)
         self.log(name, self.accuracy[name], prog_bar=True, batch_size=len(labels))
+
+    def _tell_classes(self, split: str) -> tuple[Tensor, Tensor]:
+        """Log the balanced accuracy, and return how many images of each class are named rightly, and of how many."""
+        correct, total = self.by_class[split].compute()
+        self.by_class[split].reset()
+        self.log(f"{split}_balanced_accuracy", balanced(correct, total))
+        return correct, total

@@ -4,7 +4,6 @@ import argparse
 import contextlib
 import inspect
 import logging
-import os
 import re
 import sys
 import warnings
@@ -12,29 +11,35 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import torch
 from jsonargparse import DefaultHelpFormatter, Namespace
 from lightning.fabric.plugins import TorchCheckpointIO
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar
-from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, ProgressBar, RichProgressBar
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_info
 
 from operators.lookup import look_up, unknown_name
 from zoo.checkpoints.starting_points import shape_of
 from zoo.data import DATA, ImageData
 from zoo.data.image_files import unreadable
+from zoo.files import relative
 from zoo.provenance import command_of, program
-from zoo.resuming.files import SafeCheckpointIO
+from zoo.resuming.files import LAST, SafeCheckpointIO
 from zoo.resuming.folder import left_by, refuse_folder_of_another_run
 from zoo.resuming.last_checkpoint import LastCheckpoint, best_checkpoint
 from zoo.resuming.record import record_of
-from zoo.training.ckpt_path import going_on, hash_of, network_settings
+from zoo.training.ckpt_path import config_files, going_on, hash_of, network_settings
 from zoo.training.classifier import Classifier
 from zoo.training.predictions import PredictionTable
+from zoo.training.settings import choose_mode, put_logs_below_root, refuse_repeated_keys, refuse_settings
 
 # Lightning's advertisement, and a deprecated function that it calls itself.
 logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "litlogger" not in record.msg)
 warnings.filterwarnings("ignore", message=".*LeafSpec", module="lightning")
+
+# The packages of Lightning's loggers, each an extra of its own.
+LOGGERS = {"TensorBoardLogger": "tensorboard", "WandbLogger": "wandb", "MLFlowLogger": "mlflow"}
 
 TRAINER_DEFAULTS = {
     "max_epochs": 40,
@@ -91,6 +96,8 @@ class ZooCLI(LightningCLI):
         # Other programs, such as train-zoo, give the arguments of a command that train.py has, too.
         called = program("python train.py") if args is None else ["python", "train.py"]
         self.command = command_of(*called, *arguments)
+        for file in config_files(arguments):
+            refuse_repeated_keys(file)
         subcommand = next((place for place, word in enumerate(arguments, 1) if word in self.subcommands()), 0)
         self.config = self._parsed(parser, arguments, subcommand)
         fit = self.config.get("fit")
@@ -120,6 +127,10 @@ class ZooCLI(LightningCLI):
             if unknown := re.search(r"unrecognized arguments: (--[^\s=]+)", str(error)):
                 known = parser.parse_args([*arguments[:subcommand], *settings])[arguments[subcommand - 1]]
                 raise ValueError(unknown_option(unknown[1], options(known))) from error
+            # A configuration file has it.
+            if subcommand and (unknown := re.search(r"does not accept option '([\w.]+)'", str(error))):
+                known = parser.parse_args([arguments[subcommand - 1]])[arguments[subcommand - 1]]
+                raise ValueError(unknown_option(f"--{unknown[1]}", options(known))) from error
             raise
 
     def _left_by_the_same_command(self) -> str | None:
@@ -138,12 +149,16 @@ class ZooCLI(LightningCLI):
                 "--trainer.max_epochs N (or max_steps, if that ended it)"
             )
         checkpoint = best_checkpoint(self.trainer)
-        if not checkpoint.best_model_path:
-            rank_zero_info("no images were validated on, so there is no best.ckpt; last.ckpt has the network")
+        if self.trainer.fast_dev_run:
+            rank_zero_info("fast_dev_run keeps nothing: the run was tried, and is over")
+        elif not checkpoint.best_model_path:
+            why = "save_top_k is 0" if checkpoint.save_top_k == 0 else "no images were validated on"
+            kept = checkpoint.dirpath and (Path(checkpoint.dirpath) / LAST).is_file()
+            then = "last.ckpt has the network" if kept else "nothing was trained, and nothing is kept"
+            rank_zero_info(f"{why}, so there is no best.ckpt; {then}")
         elif checkpoint.best_model_score is not None:
             rank_zero_info(
-                f"best {checkpoint.monitor} {checkpoint.best_model_score:.4f}: "
-                f"{os.path.relpath(checkpoint.best_model_path)}"
+                f"best {checkpoint.monitor} {checkpoint.best_model_score:.4f}: {relative(checkpoint.best_model_path)}"
             )
 
     def after_predict(self) -> None:
@@ -161,6 +176,11 @@ class ZooCLI(LightningCLI):
                 Path(settings.checkpoint.dirpath), settings.ckpt_path, f"{settings.checkpoint.filename}.ckpt"
             )
         refuse_settings(self.subcommand, settings)
+        choose_mode(settings.checkpoint)
+        if not settings.trainer.enable_progress_bar:
+            bars = self.trainer_defaults["callbacks"]
+            self.trainer_defaults["callbacks"] = [bar for bar in bars if not isinstance(bar, ProgressBar)]
+        put_logs_below_root(settings.trainer, TRAINER_DEFAULTS["default_root_dir"])
         if settings.ckpt_path and settings.model.init_from:
             self._go_on_with_what_was_started(settings)
         arguments = settings.data.init_args
@@ -168,6 +188,15 @@ class ZooCLI(LightningCLI):
             in_chans, input_size = shape_of(settings.model.init_from)
             for name, value in {"in_chans": in_chans, "input_size": input_size}.items():
                 arguments[name] = value if arguments[name] is None else arguments[name]
+
+    def instantiate_classes(self) -> None:
+        try:
+            super().instantiate_classes()
+        except (argparse.ArgumentError, ValueError) as error:
+            if missing := re.search(r"loggers\.(\w+)'[\s\S]*HINT: Try running `pip install", str(error)):
+                package = LOGGERS.get(missing[1], "its package")
+                raise ModuleNotFoundError(f"{missing[1]} is not installed: pip install {package}") from error
+            raise
 
     def _go_on_with_what_was_started(self, settings: Namespace) -> None:
         """Leave the network to the checkpoint, of whose run the command line repeats what it started from."""
@@ -216,6 +245,7 @@ def run(
             auto_configure_optimizers=False,
             # An abbreviated option would be a misspelt one that nobody notices.
             parser_kwargs={"exit_on_error": False, "allow_abbrev": False, "formatter_class": PlainHelp},
+            save_config_callback=SavedSettings,
             save_config_kwargs={"overwrite": True},
             args=arguments,
             shared=shared,
@@ -242,32 +272,6 @@ def _leave_process_group() -> None:
         torch.distributed.destroy_process_group()
 
 
-def refuse_settings(subcommand: str, settings: Namespace) -> None:
-    """Raise ValueError for settings that Lightning takes, and that would train or test nothing."""
-    if settings.checkpoint.save_last:
-        raise ValueError("leave out --checkpoint.save_last: last.ckpt is always written (--last.every_n_steps)")
-    if "://" in (settings.checkpoint.dirpath or ""):
-        raise ValueError(
-            f"--checkpoint.dirpath is a folder of this machine, or one mounted there, got {settings.checkpoint.dirpath}"
-        )
-    trainer = settings.trainer
-    if trainer.accumulate_grad_batches < 1:
-        raise ValueError(f"--trainer.accumulate_grad_batches must be at least 1, got {trainer.accumulate_grad_batches}")
-    if (trainer.gradient_clip_val or 0) < 0:
-        raise ValueError(f"--trainer.gradient_clip_val must not be negative, got {trainer.gradient_clip_val}")
-    for name in ("max_epochs", "max_steps"):
-        if trainer[name] == 0:
-            raise ValueError(f"--trainer.{name} must be at least 1 (-1 for no end), got 0")
-    for name in ("limit_train_batches", "val_check_interval", "check_val_every_n_epoch"):
-        if trainer[name] == 0:
-            raise ValueError(f"--trainer.{name} must be more than 0, got 0")
-    if subcommand != "fit" and not settings.ckpt_path and not settings.model.init_from:
-        raise ValueError(
-            f"{subcommand} needs a trained network: --ckpt_path outputs/.../best.ckpt (what fit wrote), or "
-            "--model.init_from NAME (a checkpoint of the zoo)"
-        )
-
-
 def options(settings: Namespace) -> list[str]:
     """Return the options of the command line that set these settings; those of the data are the data set's."""
     return [f"--{name.replace('.init_args.', '.')}" for name in settings.keys() if "logger." not in name]
@@ -280,6 +284,14 @@ def unknown_option(option: str, legal: Iterable[str]) -> str:
     # If the group is unknown, all groups are listed.
     nearby = nearby or {name.partition(".")[0] for name in legal}
     return unknown_name("option", option, nearby, unlisted=legal - nearby)
+
+
+class SavedSettings(SaveConfigCallback):
+    """Write all settings into the logger's folder, if it has one; a data base, such as MLflow's, is none."""
+
+    def setup(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
+        if trainer.log_dir is not None:
+            super().setup(trainer, module, stage)
 
 
 class PlainHelp(DefaultHelpFormatter):

@@ -50,7 +50,7 @@ def export(
     if precision == "float16":
         zoo.round_weights(model)
     data = data or recorded_data(record.data, root)
-    metrics = accuracies(model, data)
+    metrics, _ = accuracies(model, data)
     training = {**record.training, "data": portable_description(record.data)}
     licence = licence or data.licence
     if source := record.source:

@@ -1,6 +1,6 @@
 """What is told, and done, when a training's numbers are not finite."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -40,6 +40,23 @@ def stop_unless_finite(module: L.LightningModule, images: Tensor, loss: Tensor) 
         f"training stopped at step {module.global_step} (epoch {module.current_epoch + 1}, batch "
         f"{trainer.fit_loop.epoch_loop.batch_idx + 1}) before it changed the weights: {told}"
     )
+
+
+def refuse_bad_weights(weights: Mapping[str, Tensor], trainer: L.Trainer) -> None:
+    """Refuse to save weights that are not finite, so that the checkpoint before them stays.
+
+    Raises:
+        FloatingPointError: some are not; the message names the first.
+    """
+    for name, value in weights.items():
+        if value.is_floating_point() and not value.isfinite().all():
+            precision = trainer.precision
+            cure = f"train in --trainer.precision {'bf16-mixed' if '16' in str(precision) else '32-true'}"
+            more = "; AdamW's smallest numbers are 0 in float16" if precision == "16-true" else ""
+            raise FloatingPointError(
+                f"training stopped after step {trainer.global_step}: {name} is not finite, and not saved; what was "
+                f"saved before stays. Begin again in another folder: {cure}{more}, or lower --model.learning_rate"
+            )
 
 
 def first_bad_layer(

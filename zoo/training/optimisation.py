@@ -34,11 +34,14 @@ def check_optimiser_settings(settings: Mapping[str, Any]) -> None:
         if not 0 <= settings[name] < 1:
             raise ValueError(f"{name} is a share in [0, 1), got {settings[name]}")
     for name in ("weight_decay", "orthogonality", "freeze_epochs", "mixup"):
-        if settings[name] < 0:
+        if not settings[name] >= 0:
             raise ValueError(f"{name} must not be negative, got {settings[name]}")
     for name in ("learning_rate", "backbone_learning_rate"):
-        if settings[name] is not None and settings[name] <= 0:
+        if settings[name] is not None and not settings[name] > 0:
             raise ValueError(f"{name} must be more than 0, got {settings[name]}")
+    for name in ("learning_rate", "backbone_learning_rate", "weight_decay", "orthogonality", "mixup"):
+        if settings[name] == math.inf:
+            raise ValueError(f"{name} must be finite, got inf")
     if (ema := settings["ema"]) is not None and not 0 < ema < 1:
         raise ValueError(f"ema is the share that the average keeps in a step, in (0, 1), got {ema}")
 

@@ -11,9 +11,10 @@ import torch
 from lightning.pytorch.callbacks import BasePredictionWriter
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 
-from zoo.files import write_whole
+from zoo.files import refuse_file_above, write_whole
 
 
 class PredictionTable(BasePredictionWriter):
@@ -35,6 +36,8 @@ class PredictionTable(BasePredictionWriter):
             raise ValueError(f"top and rows must be at least 1, got {top} and {rows}")
         if output is not None and (Path(output).suffix.lower() != ".csv" or Path(output).is_dir()):
             raise ValueError(f"the predictions are written as CSV, so output ends in .csv, got {output}")
+        if output is not None:
+            refuse_file_above(Path(output))
         self.output = output
         self.top = top
         self.rows = rows
@@ -50,10 +53,11 @@ class PredictionTable(BasePredictionWriter):
             [(file, ""), *((names[order[place]], f"{values[place]:.4f}") for place in places)]
             for file, order, values in zip(files, labels, probabilities, strict=True)
         ]
-        self._show(rows)
+        # The file is written first, whatever the terminal can show.
         if self.output:
             header = ["image", *(f"{what} {place + 1}" for place in places for what in ("class", "probability"))]
             self._write(Path(self.output), [header, *([file, *chain(*guesses)] for (file, _), *guesses in rows)])
+        self._show(rows)
 
     def _show(self, rows: list[list[tuple[str, str]]]) -> None:
         table = Table(caption=f"{min(self.rows, len(rows))} of {len(rows)} images")
@@ -61,7 +65,8 @@ class PredictionTable(BasePredictionWriter):
         for place in range(1, len(rows[0])):
             table.add_column(f"class {place}", no_wrap=True)
         for row in rows[: self.rows]:
-            table.add_row(*(" ".join(cell) for cell in row))
+            # Text, in which brackets are brackets.
+            table.add_row(*(Text(" ".join(cell)) for cell in row))
         Console().print(table)
 
     def _write(self, path: Path, rows: list[list[str]]) -> None:
