@@ -157,7 +157,7 @@ def convert_decoupled(
         if layer.converted:
             module.__class__ = COUNTERPARTS[_full_name(type(module))]
             module.set_operator(config)
-    _name_architecture(model, decoupled=True)
+    stand_in_for(model)
     return model, report
 
 
@@ -177,7 +177,7 @@ def revert(model: nn.Module) -> nn.Module:
         plain = pkgutil.resolve_name(layer.plain)
         del layer.magnitude, layer.operator, layer.angular
         layer.__class__ = plain
-    _name_architecture(model, decoupled=False)
+    _name_again(model)
     return model
 
 
@@ -188,22 +188,31 @@ def classifier_layers(root: nn.Module) -> list[nn.Module]:
     return [layer for head in heads if isinstance(head, nn.Module) for layer in head.modules()]
 
 
-def _name_architecture(model: nn.Module, decoupled: bool) -> None:
-    """Let timm's configurations of the networks in ``model`` name what is built from no architecture alone, or undo it.
+def stand_in_for(model: nn.Module) -> None:
+    """Let timm's configurations of the networks in ``model`` name no architecture that could be built plain.
 
-    timm saves the name beside the weights, and would build the plain network to load them into.
+    timm saves the name beside the weights, and would load these into the plain network.
     """
-    for module in model.modules():
-        for attribute in ("pretrained_cfg", "default_cfg"):
-            made_for = getattr(module, attribute, None)
-            if isinstance(made_for, dict) and "architecture" in made_for:
-                plain = made_for.get("plain_architecture", made_for["architecture"])
-                # A copy, since networks of one architecture may share it.
-                named = {**made_for, "architecture": plain}
-                named.pop("plain_architecture", None)
-                if decoupled:
-                    named |= {"architecture": STAND_IN, "plain_architecture": plain}
-                setattr(module, attribute, named)
+    for module, attribute, made_for in _configurations(model):
+        # A copy, since networks of one architecture may share it.
+        named = {"plain_architecture": made_for["architecture"], **made_for, "architecture": STAND_IN}
+        setattr(module, attribute, named)
+
+
+def _name_again(model: nn.Module) -> None:
+    """Let timm's configurations name the architectures that they named before."""
+    for module, attribute, made_for in _configurations(model):
+        if "plain_architecture" in made_for:
+            named = {**made_for, "architecture": made_for["plain_architecture"]}
+            del named["plain_architecture"]
+            setattr(module, attribute, named)
+
+
+def _configurations(model: nn.Module) -> list[tuple[nn.Module, str, dict[str, Any]]]:
+    """Return timm's configurations of the networks in ``model``, and whose attributes they are."""
+    places = [(module, name) for module in model.modules() for name in ("pretrained_cfg", "default_cfg")]
+    found = [(module, name, getattr(module, name, None)) for module, name in places]
+    return [place for place in found if isinstance(place[2], dict) and "architecture" in place[2]]
 
 
 def _full_name(kind: type) -> str:

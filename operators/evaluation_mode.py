@@ -2,25 +2,29 @@
 
 import contextlib
 import threading
+import weakref
 from collections.abc import Iterator
 
 from torch import nn
 
 # Two threads that change the mode of one network would leave it in neither's.
-ONE_AT_A_TIME = threading.RLock()
+_LOCKS: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
+_LOCKS_LOCK = threading.Lock()
 
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """While it lasts, all modules of ``model`` are in evaluation mode; then each is in the mode that it was in.
 
-    Threads wait for each other if a module is in training.
+    Threads that share a model wait for each other if any of its modules is in training.
     """
+    with _LOCKS_LOCK:
+        lock = _LOCKS.setdefault(model, threading.RLock())
     with contextlib.ExitStack() as stack:
-        with ONE_AT_A_TIME:
+        with lock:
             training = {module: module.training for module in model.modules()}
             if any(training.values()):
-                stack.enter_context(ONE_AT_A_TIME)
+                stack.enter_context(lock)
                 model.eval()
         try:
             yield

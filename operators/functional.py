@@ -244,8 +244,8 @@ def pad(
 def subsample(images: Tensor, stride: tuple[int, int]) -> Tensor:
     """Return the pixels that a 1×1 convolution of this stride sees, in the memory format of ``images``.
 
-    The convolution itself then needs no stride: with one, and channels_last images of fewer than 16 channels, oneDNN
-    takes the gradient of the filters from memory that is not theirs (torch 2.14, CPUs).
+    The convolution itself then needs no stride: with one, and channels_last images of fewer than 16 channels, oneDNN's
+    gradient of the filters is wrong, or overwrites what is not theirs (torch 2.14, CPUs).
     """
     rows, columns = stride
     return images[..., ::rows, ::columns].clone()

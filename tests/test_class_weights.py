@@ -57,8 +57,8 @@ def test_the_training_loss_is_weighted_and_the_others_are_not(tmp_path, weights)
             module.model.eval()
             images, labels = batch[:2]
             factors = torch.ones(3) if weights is None else data.loss_weights()
-            wanted = F.cross_entropy(module.training_forward(images).double(), labels, factors.double())
-            losses["expected"] = wanted.item()
+            each = F.cross_entropy(module.training_forward(images).double(), labels, reduction="none")
+            losses["expected"] = (factors[labels] * each).mean().item()
             losses["logged"] = module.training_step((images, labels), 0).item()
 
     settings = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "accelerator": "cpu"}
@@ -72,6 +72,25 @@ def test_the_training_loss_is_weighted_and_the_others_are_not(tmp_path, weights)
     assert found["val_balanced_accuracy"] == pytest.approx(balanced_accuracy_score(labels, logits.argmax(1)))
 
 
+def test_every_class_has_the_same_part_of_the_gradient_however_small_the_batches_are(tmp_path):
+    labels = torch.tensor([0] * 90 + [1] * 10)
+    data = uneven(tmp_path, class_weights="auto")
+    factors = len(labels) / (2 * labels.bincount())
+    classifier = Classifier("cnn6", "conv")
+    classifier.loss_weights = factors
+    classifier.training_forward = lambda images: images
+    classifier.log = lambda *arguments, **settings: None
+    for size in (1, 5, 100):
+        share = torch.zeros(2)
+        for batch in labels[torch.randperm(100)].split(size):
+            logits = torch.zeros(len(batch), 2, 1, 1, requires_grad=True)
+            loss = classifier.training_step((logits, batch[:, None, None]), 0)
+            (gradient,) = torch.autograd.grad(loss, logits)
+            share.index_add_(0, batch, gradient.abs().sum((1, 2, 3)) * len(batch))
+        torch.testing.assert_close(share[0], share[1])
+    assert data.class_weights == "auto"
+
+
 def train(run, *words):  # noqa: F811
     write_images(Path("photos"), UNEVEN)
     words = ["--data", "ImageFolder", "--data.root", "photos", "--data.input_size", "8", *words]
@@ -83,7 +102,7 @@ def train(run, *words):  # noqa: F811
     [
         ([], "classes are uneven: many has 24 training images, few 3; --data.class_weights auto"),
         (["--data.class_weights", "auto"], "class weights of the training loss: few 4, many 0.5, some 1.33"),
-        (["--data.class_weights", "[1, 2, 3]"], "class weights of the training loss: few 1, many 2, some 3"),
+        (["--data.class_weights", "[1, 2, 3]"], "class weights of the training loss: few 0.462, many 0.923, some 1.38"),
     ],
 )
 def test_what_is_done_about_uneven_classes_is_told(run, words, told):  # noqa: F811

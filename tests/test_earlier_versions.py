@@ -17,6 +17,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from PIL import Image
 
 from zoo.data import DATA, ImageData
+from zoo.models.spec import ModelSpec
 from zoo.resuming.record import record_of
 from zoo.training import ckpt_path
 from zoo.training.ckpt_path import checkpoint_settings, hash_of
@@ -89,6 +90,16 @@ def test_data_sets_are_recorded_by_the_class_paths_that_they_had(name, tmp_path,
     for given in (name, f"zoo.data.{name}"):
         place = "".join(f" --data.{option} {value}" for option, value in arguments.items())
         assert settings_of_command(f"--data {given}{place}").data.class_path == f"zoo.data.{name}"
+
+
+@pytest.mark.parametrize(
+    ("recorded", "name"), [("resnet10t.c3_in1k", "resnet10t"), ("tv_resnet50", "resnet50"), ("resnet20", "resnet20")]
+)
+def test_names_of_architectures_that_were_recorded_are_those_of_today(recorded, name):
+    fields = record_of(EARLIER).spec.to_dict() | {"architecture": recorded, "model_args": {}}
+    assert ModelSpec.from_dict(fields).architecture == name
+    fields |= {"architecture": "decoupled_zoo", "model_args": {"architecture": recorded}}
+    assert ModelSpec.from_dict(fields).architecture == name
 
 
 def test_callbacks_have_the_hash_that_they_had():

@@ -53,11 +53,28 @@ def test_a_link_in_a_circle_is_refused_by_name(tmp_path, link, target):
 def test_a_link_that_leads_nowhere_is_told(tmp_path):
     write_images(tmp_path, TWO)
     (tmp_path / "train/a/gone.png").symlink_to(tmp_path / "nowhere.png")
-    (tmp_path / "train/b/gone").symlink_to(tmp_path / "nowhere")
-    with pytest.warns(UserWarning, match="train: files left out .* 1 without "):
-        data = image_folder(tmp_path, val_fraction=0.5)
+    data = image_folder(tmp_path, val_fraction=0.5)
     with pytest.warns(UserWarning, match="gone.png: .*No such file"):
         data.setup("fit")
+    for target in (tmp_path / "nowhere", tmp_path / "train/b/gone"):
+        (tmp_path / "train/b/gone").symlink_to(target)
+        with pytest.raises(ValueError, match="train/b/gone is a link to .*, which is not there; mend the link, or rem"):
+            image_folder(tmp_path)
+        (tmp_path / "train/b/gone").unlink()
+
+
+def test_files_without_an_ending_are_told(tmp_path):
+    write_images(tmp_path, TWO)
+    (tmp_path / "train/a/0.png").rename(tmp_path / "train/a/image")
+    with pytest.warns(UserWarning, match="1 without any .rename them to .jpg or .png if they are images"):
+        image_folder(tmp_path)
+
+
+def test_no_other_program_is_run_for_an_image(tmp_path, monkeypatch):
+    monkeypatch.setattr("subprocess.check_call", lambda *_, **__: pytest.fail("Ghostscript was called"))
+    (tmp_path / "a.jpg").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n")
+    with pytest.raises(ValueError, match="no image of a known kind"):
+        ImageTransform(3, 8).read(tmp_path / "a.jpg")
 
 
 def can_be_written():
@@ -196,4 +213,6 @@ def test_hidden_files_are_not_looked_at(tmp_path):
     write_images(tmp_path, {**TWO, "train/a/.cache": 1})
     for name in (".DS_Store", "._0.png", ".hidden.txt"):
         (tmp_path / "train/a" / name).write_text("")
+    (tmp_path / "train/.#lock").symlink_to("me@machine.1")
+    assert list(class_folders(tmp_path / "train")) == ["a", "b"]
     assert len(Contents.of(tmp_path / "train/a").images) == 2 and not Contents.of(tmp_path / "train/a").others

@@ -12,6 +12,7 @@ import torch
 from timm.models import save_for_hf
 
 import zoo
+from operators import convert_decoupled
 from tests.command_line import fit, make_photos, run  # noqa: F401
 from tests.hub_fixture import put
 from zoo.checkpoints.foreign_weights import prefixes
@@ -122,6 +123,8 @@ def test_a_repository_of_timm_is_started_from(server, tmp_path, network):
         ([1], "is no description of a network, but list"),
         ({"schema": 99}, "has schema 99, this version reads 1; update decoupled-zoo"),
         ({"architecture": NAME, "num_classes": 3}, "no file .*model.safetensors"),
+        ({"architecture": NAME, "num_classes": 3, "model_args": {"layers": [10**6, 1, 1, 1]}}, "bytes or 5000 tensors"),
+        ({"architecture": NAME, "model_args": {"checkpoint_path": "/etc/passwd"}}, "no file .*model.safetensors"),
     ],
 )
 def test_folders_of_others_are_told_what_they_are(run, config, message):  # noqa: F811
@@ -164,6 +167,8 @@ def test_prefixes_end_at_dots():
 @pytest.mark.parametrize(
     ("saved", "message"),
     [
+        ({"class_weights": torch.ones(3), "ema": {}}, "holds no weights by their names, but class_weights, ema"),
+        ({"weights": torch.ones(3), "epoch": 1}, "holds no weights by their names, but weights, epoch"),
         ({"epoch": 3, "loss": 0.1}, "holds no weights by their names, but epoch, loss; save network.state_dict"),
         ([torch.ones(3)], "holds no weights by their names, but list"),
         (
@@ -180,8 +185,13 @@ def test_files_without_weights_are_told(tmp_path, saved, message):
 
 def test_weights_of_a_decoupled_checkpoint_are_not_taken_for_plain_ones(tmp_path):
     folder = zoo.save(zoo.build(NAME, "sphere_cosine", num_classes=3).eval(), tmp_path / "mine")
-    with pytest.raises(ValueError, match="model.safetensors is of a decoupled checkpoint, .* zoo.load.'.*mine'. loads"):
+    with pytest.raises(ValueError, match="model.safetensors is of a decoupled network, .* zoo.load.'.*mine'. loads"):
         start_from(f"timm:{NAME}", weights=folder / "model.safetensors")
+    network, _ = convert_decoupled(timm.create_model(NAME, num_classes=3), "sphere_cosine")
+    for is_safe, file in ((True, "model.safetensors"), (False, "pytorch_model.bin")):
+        save_for_hf(network, tmp_path / file, safe_serialization=is_safe)
+        with pytest.raises(ValueError, match=f"{file} is of a decoupled network"):
+            start_from(f"timm:{NAME}", weights=tmp_path / file / file)
     plain = zoo.build(NAME, num_classes=3, input_size=64).eval()
     folder = zoo.save(plain, tmp_path / "plain")
     answers(start_from(f"timm:{NAME}", weights=folder / "model.safetensors", input_size=64), plain.network)

@@ -260,7 +260,7 @@ def test_the_commands_of_the_readme_run(server, tmp_path):
 
 def test_the_page_on_checkpoints_names_tests_that_there_are_and_what_was_measured():
     page = loading.PAGE.read_text(encoding="utf-8")
-    files = ("test_checkpoints", "test_hub_faults", "test_publish", "test_fuzz")
+    files = ("test_checkpoints", "test_hub_faults", "test_publish", "test_fuzz", "test_readers", "test_reported")
     tests = "".join((ROOT / "tests" / f"{name}.py").read_text(encoding="utf-8") for name in files)
     named = re.findall(r"`(test_\w+)`", page)
     assert len(named) > 20 and not [name for name in named if f"def {name}(" not in tests]

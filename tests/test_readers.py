@@ -49,6 +49,7 @@ def test_transformers_loads_a_plain_network():
     model, images = zoo.load(name), torch.rand(2, 3, 32, 32)
     network = AutoModelForImageClassification.from_pretrained(PRETRAINED / name).eval()
     torch.testing.assert_close(network((images - model.mean) / model.std).logits, model(images))
+    assert tuple(network.config.id2label.values()) == model.class_names
 
 
 @pytest.mark.parametrize("name", DECOUPLED)

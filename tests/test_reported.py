@@ -109,6 +109,7 @@ REFUSED = {
     "--checkpoint.save_top_k 3": "keeps several checkpoints, and --checkpoint.filename best is one; .* '{epoch}'",
     "--checkpoint.save_top_k -1": "keeps several checkpoints",
     "--checkpoint.monitor val_acc": "unknown quantity to monitor .* 'val_acc'. Did you mean 'val_accuracy'",
+    "--checkpoint.mode min": "the best val_accuracy is the highest; leave out --checkpoint.mode min",
     "--trainer.overfit_batches 1": "--trainer.limit_train_batches N --data.augment none",
     "--trainer.barebones true": "leave out --trainer.barebones: each run keeps its last checkpoint",
     "--trainer.enable_checkpointing false": "leave out --trainer.enable_checkpointing",
@@ -393,6 +394,13 @@ def test_normalisation_of_bytes_is_refused(what):
 def test_classify_says_what_it_takes(given, message):
     with pytest.raises((TypeError, FileNotFoundError), match=re.escape(message)):
         zoo.load("digits_cnn6_conv").classify(given)
+
+
+def test_a_tensor_of_another_size_is_told(image):
+    model = zoo.load(NAME)
+    with pytest.warns(UserWarning, match="a tensor of 40×48 pixels is taken as it is, and the network was tr"):
+        model.classify(torch.rand(3, 40, 48))
+    model.classify(torch.rand(2, 3, 32, 32))
 
 
 def test_top_may_be_a_number_of_numpy(image):

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from tests.command_line import make_photos
-from zoo.training.strided import SubsampledConv2d, avoid_wrong_gradients
+from zoo.training.strided import SubsampledConv2d, avoid_wrong_gradients, undo
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -85,3 +85,5 @@ def test_only_what_torch_trains_wrongly_is_changed():
     }
     for layer in wrong:
         torch.testing.assert_close(layer(images[layer]), answers[layer])
+    undo(nn.ModuleList([*wrong, *right]))
+    assert {type(layer) for layer in (*wrong, *right)} == {nn.Conv2d}

@@ -67,6 +67,15 @@ GOOD = [("a/0.png", "a"), ("a/1.png", "a"), ("b/0.png", "b"), ("b/1.png", "b")]
         ([*GOOD, ("c/0.png", "")], ("file", "label"), {}, "line 6 has no label"),
         ([*GOOD, ("", "b")], ("file", "label"), {}, "line 6 has no file"),
         ([*GOOD, ("a/0.png", "b")], ("file", "label"), {}, "line 6 has a/0.png again, which is in line 2"),
+        ([*GOOD, ("c/0.png", "Smith", "John")], ("file", "label"), {}, "line 6 has 3 cells, the first line 2"),
+        (
+            [(*row, "train") for row in GOOD],
+            ("file", "label", "Split"),
+            {},
+            "'split'. Did you mean 'Split'",
+        ),
+        ([(*row, "x") for row in GOOD], ("file", "label", "label"), {}, "has 2 columns 'label'. .*--data.label_column"),
+        ([("x", "") for _ in range(12)], ("file", "label"), {}, r"line 11 has no label; \.\.\. .12 lines in all."),
         ([*GOOD, ("b/../a/0.png", "a")], ("file", "label"), {}, "line 6 has b/../a/0.png again, which is in line 2"),
         (GOOD[:2], ("file", "label"), {}, "needs two or more labels of train, but has a"),
         ([], ("file", "label"), {}, "has no line below the names of its columns"),
@@ -111,6 +120,27 @@ def test_missing_and_broken_images_of_a_table_are_left_out_or_refused(tmp_path):
     assert kept == {f"{tmp_path}/{name}" for name in images if name != "b/0.png"}
     with pytest.raises(ValueError, match=r"cannot be read; .*python -m zoo preflight .*labels.csv lists all"):
         image_table(table, max_unreadable=0, val_fraction=0.4).setup("fit")
+
+
+def test_tables_of_excel_on_windows_are_read(tmp_path):
+    write_images(tmp_path, {"a": 4, "b": 4})
+    rows = [(f"{name}\\{place}.png", name, "Train" if place else "VALIDATION") for name in "ab" for place in range(4)]
+    write_table(tmp_path, rows, ("file", "label", "split"), delimiter=";")
+    text = (tmp_path / "labels.csv").read_text()
+    (tmp_path / "labels.csv").write_text("\ufeffsep=;\r\n" + text, encoding="utf-8")
+    data = image_table(tmp_path / "labels.csv")
+    assert len(data.split("train")) == 6 and len(data.split("val")) == 2
+    with pytest.raises(FileNotFoundError, match="labels.csv is a file; is it a table .--data ImageTable --data.table"):
+        build_data("ImageFolder", root=str(tmp_path / "labels.csv"))
+
+
+def test_empty_lines_are_skipped(tmp_path):
+    write_images(tmp_path, {"a": 4, "b": 4})
+    rows = [(f"{name}/{place}.png", name) for name in "ab" for place in range(4)]
+    write_table(tmp_path, rows, delimiter=";")
+    text = (tmp_path / "labels.csv").read_text()
+    (tmp_path / "labels.csv").write_text("\n;\n" + text.replace("b/0", "\n\nb/0"))
+    assert len(image_table(tmp_path / "labels.csv").rows["train"]) == 8
 
 
 def test_labels_in_both_unicode_forms_are_one_class(tmp_path):

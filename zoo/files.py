@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,6 +27,11 @@ def write_whole(path: Path, text: str) -> None:
     with replacing(path) as draft:
         # The line ends of the text itself: those of CSV are the same everywhere.
         draft.write_text(text, encoding="utf-8", newline="")
+
+
+def is_url(place: str) -> bool:
+    """Return whether a place is on another machine, as ``https://...`` and ``s3://...`` are."""
+    return re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", place) is not None
 
 
 def relative(path: str | os.PathLike[str]) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 from operators.convert import STAND_IN
 from zoo.errors import CheckpointError
 from zoo.hub.repository import CONFIG, LARGEST_TEXT
+from zoo.models.spec import PLAIN
 
 SCHEMA = 1
 
@@ -63,7 +64,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         CheckpointError: it is missing, not JSON, of another schema, or a field is missing or of the wrong type.
     """
     path = folder / CONFIG
-    config = _read_json(folder)
+    config = read_json(folder)
     if not isinstance(config, dict) or config.get("schema") != SCHEMA:
         raise CheckpointError(f"{path} {_what_else(folder, config)}")
     # Older checkpoints do not tell, since there was no other precision.
@@ -101,7 +102,7 @@ def timm_config_in(folder: Path) -> dict[str, Any] | None:
     Raises:
         CheckpointError: there is none, or it is not JSON.
     """
-    config = _read_json(folder)
+    config = read_json(folder)
     return config if isinstance(config, dict) and _is_timms(config) else None
 
 
@@ -131,7 +132,19 @@ def _what_else(folder: Path, config: object) -> str:
     return f"is of {told}, which the zoo cannot build; it loads its own checkpoints, and networks of timm"
 
 
-def _read_json(folder: Path) -> Any:
+def is_decoupled(config: object) -> bool:
+    """Return whether the content of a ``config.json`` is that of a decoupled network, which zoo or timm has saved."""
+    if not isinstance(config, dict):
+        return False
+    return config.get("operator", PLAIN) != PLAIN if "schema" in config else config.get("architecture") == STAND_IN
+
+
+def read_json(folder: Path) -> Any:
+    """Return the content of a folder's ``config.json``, whoever has written it.
+
+    Raises:
+        CheckpointError: it is missing, cannot be read, or is not JSON.
+    """
     path = folder / CONFIG
     try:
         with path.open(encoding="utf-8") as file:

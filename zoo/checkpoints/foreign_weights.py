@@ -1,20 +1,18 @@
 """Weights that others have saved: from a file to the tensors of a network, by name, or one sentence why not."""
 
-import json
+import itertools
 import os
 import textwrap
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import safetensors.torch
 import timm.models
 import torch
 from torch import Tensor
 
-from zoo.checkpoints.config import RUN_RECORD
-from zoo.hub.repository import CONFIG
-from zoo.models.spec import PLAIN
+from zoo.checkpoints.config import RUN_RECORD, is_decoupled, read_json
+from zoo.errors import CheckpointError
 
 # Where programs put the weights among what else they save, the better ones first.
 KEYS = ("state_dict_ema", "model_ema", "state_dict", "model", "model_state_dict", "net", "network", "weights", "params")
@@ -71,37 +69,33 @@ def without_prefix(tensors: Mapping[str, Tensor], expected: Collection[str]) -> 
 
 def prefixes(names: Iterable[str]) -> list[str]:
     """Return the prefixes that all names have, each ending in a dot, the shortest first."""
-    first, *others = os.path.commonprefix(list(names)).split(".")[:-1] or [""]
-    found = [f"{first}."] if first else []
-    for part in others:
-        found.append(f"{found[-1]}{part}.")
-    return found
+    parts = os.path.commonprefix(list(names)).split(".")[:-1]
+    return [f"{prefix}." for prefix in itertools.accumulate(parts, lambda prefix, part: f"{prefix}.{part}")]
 
 
 def _tensors_in(file: Path, saved: object) -> dict[str, Tensor]:
     """Return the weights among what a program has saved."""
     if isinstance(saved, Mapping):
-        places = {"": saved, **{key: saved[key] for key in KEYS if key in saved}}
-        places |= {key: value for key, value in saved.items() if key not in places}
-        for place in (*KEYS, *places):
-            if (found := places.get(place)) and _are_tensors(found):
+        for found in (*(saved[key] for key in KEYS if key in saved), saved, *saved.values()):
+            if _are_tensors(found):
                 return dict(found)
     has = ", ".join(map(str, list(saved)[:8])) if isinstance(saved, Mapping) else type(saved).__name__
     raise ValueError(f"{file} holds no weights by their names, but {has}; save network.state_dict()")
 
 
 def _are_tensors(values: object) -> bool:
-    return isinstance(values, Mapping) and all(isinstance(value, Tensor) for value in values.values())
+    return isinstance(values, Mapping) and bool(values) and all(isinstance(each, Tensor) for each in values.values())
 
 
 def _refuse_decoupled(file: Path) -> None:
-    """Refuse the weights of a decoupled checkpoint folder: they may fit a plain network, which answers otherwise."""
+    """Refuse the weights of a decoupled network in a folder: they may fit a plain one, which answers otherwise."""
     try:
-        config: Any = json.loads((file.parent / CONFIG).read_text(encoding="utf-8"))
+        config = read_json(file.parent)
     # There is none, or it is another's.
-    except (OSError, ValueError):
+    except CheckpointError:
         return
-    if isinstance(config, dict) and "schema" in config and config.get("operator", PLAIN) != PLAIN:
+    if is_decoupled(config):
         raise ValueError(
-            f"{file} is of a decoupled checkpoint, which is no plain network; zoo.load({str(file.parent)!r}) loads it"
+            f"{file} is of a decoupled network, and timm:NAME is a plain one; zoo.load({str(file.parent)!r}) loads it, "
+            "or says what it is"
         )

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import math
 import os
+import threading
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +21,9 @@ from zoo.hub.repository import CONFIG, WEIGHTS
 from zoo.models.building import build_from, check_size
 from zoo.models.image_model import ImageModel
 from zoo.models.spec import ModelSpec
+
+# Two threads that change torch's default dtype would leave it in neither's.
+ONE_AT_A_TIME = threading.Lock()
 
 # Arguments of timm that fetch other weights; a checkpoint has its own.
 FOREIGN_SOURCES = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"}
@@ -75,7 +79,7 @@ def load(
             model.reset_classifier([str(label) for label in range(num_classes)])
             told = f"{os.fspath(where)} has a fresh classifier for {num_classes} classes: train it"
             warnings.warn(told, stacklevel=2)
-    return model.to(device)
+        return model.to(device)
 
 
 def load_untrained(
@@ -94,10 +98,10 @@ def load_untrained(
     """
     folder = find(where, revision=revision)
     with _usual_tensors():
-        model = _build(read_config(folder), folder, _most_bytes(folder / WEIGHTS))
+        model = _build(read_config(folder), folder, most_bytes(folder / WEIGHTS))
         if num_classes not in (None, len(model.class_names)):
             model.reset_classifier([str(label) for label in range(num_classes)])
-    return model.to(device)
+        return model.to(device)
 
 
 def _whole(where: str | os.PathLike[str], source: dict[str, Any]) -> ImageModel:
@@ -121,7 +125,7 @@ def _read(folder: Path) -> ImageModel:
     if config["precision"] not in PRECISIONS:
         legal = ", ".join(PRECISIONS)
         raise CheckpointError(f"{folder / CONFIG} has precision {config['precision']!r}; this version reads {legal}")
-    model = _build(config, folder, _most_bytes(folder / WEIGHTS))
+    model = _build(config, folder, most_bytes(folder / WEIGHTS))
     read_into(model.network, folder / WEIGHTS, config["sha256"], PRECISIONS[config["precision"]])
     return model.eval()
 
@@ -129,16 +133,21 @@ def _read(folder: Path) -> ImageModel:
 @contextlib.contextmanager
 def _usual_tensors() -> Iterator[None]:
     """While it lasts, new tensors are of float32, on the CPU and can be trained, whatever the caller has told torch."""
-    dtype = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float32)
-    try:
-        with torch.device("cpu"), torch.inference_mode(False):
+    with torch.device("cpu"), torch.inference_mode(False):
+        # The default dtype is that of the whole process, and is left alone as a rule.
+        if torch.get_default_dtype() == torch.float32:
             yield
-    finally:
-        torch.set_default_dtype(dtype)
+            return
+        with ONE_AT_A_TIME:
+            usual = torch.get_default_dtype()
+            torch.set_default_dtype(torch.float32)
+            try:
+                yield
+            finally:
+                torch.set_default_dtype(usual)
 
 
-def _most_bytes(weights: Path) -> int:
+def most_bytes(weights: Path) -> int:
     """Return how much memory a network may take whose weights are in that file, which may be in half precision."""
     return max(HARMLESS, 2 * weights.stat().st_size if weights.is_file() else 0)
 

@@ -44,7 +44,7 @@ def missing(folder: Path) -> list[str]:
         )
     if not all(0 <= metric["value"] <= 1 and metric["images"] > 0 for metric in config["metrics"]):
         problems.append("an accuracy that is no share of at least one image")
-    if config["licence"].strip() in ("", "not stated"):
+    if not config["licence"].strip() or "not stated" in config["licence"]:
         problems.append(
             f"the licence of the weights is not stated; python -m zoo measure {here} --licence ... records it"
         )

@@ -144,8 +144,9 @@ def record(where: str | os.PathLike[str], **facts: Any) -> None:
     config = {**read_config(folder), **facts}
     if "license" in config.get("pretrained_cfg", {}):
         config["pretrained_cfg"]["license"] = config["licence"]
-    write_whole(folder / CONFIG, _as_json(config, folder / CONFIG))
-    write_whole(folder / CARD, model_card(config))
+    text = _as_json(config, folder / CONFIG)
+    write_whole(folder / CONFIG, text)
+    write_whole(folder / CARD, model_card(json.loads(text)))
 
 
 def round_weights(model: ImageModel) -> None:
@@ -172,6 +173,8 @@ def _fields_of_timm(model: ImageModel, licence: str) -> dict[str, Any]:
     layers = {name: made_for[name] for name in ("first_conv", "classifier", "fixed_input_size") if name in made_for}
     return {
         "num_classes": len(spec.class_names),
+        # transformers looks for the names here, timm below.
+        "label_names": list(spec.class_names),
         "pretrained_cfg": {
             "input_size": [spec.in_chans, spec.input_size, spec.input_size],
             "mean": list(spec.mean),
@@ -220,13 +223,16 @@ def _as_json(config: Mapping[str, Any], path: Path) -> str:
     Raises:
         ValueError: a value that is none of JSON's, or a field that reading would refuse.
     """
-    try:
-        # Numbers of numpy and torch have plain ones in them.
-        text = json.dumps(config, indent=2, allow_nan=False, default=lambda value: value.item())
-        check_config(json.loads(text), path)
-    except (AttributeError, TypeError, ValueError) as error:
-        raise ValueError(f"what is to be recorded of the network cannot be: {error}") from error
-    return text + "\n"
+    text = json.dumps(config, indent=2, allow_nan=False, default=_plain) + "\n"
+    check_config(json.loads(text), path)
+    return text
+
+
+def _plain(value: object) -> int | float | bool:
+    """Return the plain number that one of numpy or torch stands for."""
+    if not hasattr(value, "item") or getattr(value, "ndim", 0):
+        raise ValueError(f"{value!r} of type {type(value).__name__} cannot be recorded, as it is none of JSON's values")
+    return value.item()
 
 
 def refuse_other_files(folder: Path) -> None:
@@ -238,10 +244,9 @@ def refuse_other_files(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"{folder} is a file; choose another name")
     names = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
-    if others := [name for name in names if name not in FILES and not name.startswith(".")]:
+    if others := [name for name in names if name not in (*FILES, ".DS_Store")]:
         raise FileExistsError(
-            f"{folder} holds more than a checkpoint ({', '.join(others[:5])}), which would be lost; choose another "
-            "name or parent (--to)"
+            f"{folder} holds more than a checkpoint ({', '.join(others[:5])}), which would be lost; name another folder"
         )
 
 

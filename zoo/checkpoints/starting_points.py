@@ -17,12 +17,13 @@ from zoo.architectures import ARCHITECTURES
 from zoo.checkpoints.catalogue import find
 from zoo.checkpoints.config import read_config, timm_config_in
 from zoo.checkpoints.foreign_weights import COUNTER, read_weights, without_prefix
-from zoo.checkpoints.loading import load
+from zoo.checkpoints.loading import FOREIGN_SOURCES, load, most_bytes
 from zoo.checkpoints.weights import listed, misfits
 from zoo.hub.fetching import refused_token
 from zoo.hub.repository import WEIGHTS
-from zoo.models.building import build, current_name
+from zoo.models.building import build, check_size, current_name
 from zoo.models.image_model import ImageModel
+from zoo.models.spec import ModelSpec
 
 # This stands before the name of an architecture whose weights timm has.
 TIMM = "timm:"
@@ -31,7 +32,7 @@ TIMM = "timm:"
 WEIGHTS_OF_TIMM = (WEIGHTS, "pytorch_model.bin")
 
 # Arguments that follow from the weights; timm adds the first if it had the network from our folder.
-GIVEN = ("architecture", "num_classes", "in_chans", "pretrained")
+GIVEN = {"architecture", "num_classes", "in_chans"} | FOREIGN_SOURCES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,8 +155,8 @@ def _architecture_in(name: str) -> str:
 
 def _fetched(plain: PlainNetwork, in_chans: int | None, input_size: int | None) -> ImageModel:
     """Return a network with the weights that timm fetches."""
-    made_for, architecture = plain.made_for, plain.architecture
-    name = f"{architecture}.{plain.tag}" if plain.tag else architecture
+    made_for = plain.made_for
+    name = f"{plain.architecture}.{plain.tag}" if plain.tag else plain.architecture
     settings = {"in_chans": in_chans or made_for.input_size[0], "input_size": input_size, "pretrained": True}
     try:
         # Weights without a classifier are good to start from, too.
@@ -166,8 +167,9 @@ def _fetched(plain: PlainNetwork, in_chans: int | None, input_size: int | None) 
     except Exception as error:
         why = refused_token(error) or f"{type(error).__name__}: {error}"
         raise ValueError(
-            f"the weights of {TIMM}{name} cannot be had ({why}); without a network, fetch them elsewhere and name the "
-            f"file: python -m zoo convert {TIMM}{architecture} NAME --weights FILE, which writes a folder to start from"
+            f"the weights of {TIMM}{name} cannot be had ({why}); without a network, fetch them elsewhere (they are in "
+            f"the repository {made_for.hf_hub_id}) and name the file: python -m zoo convert {TIMM}{name} NAME "
+            "--weights FILE, which writes a folder to start from"
         ) from error
 
 
@@ -179,10 +181,17 @@ def _weights_in(folder: Path) -> Path:
 def _with_weights(plain: PlainNetwork, in_chans: int | None, input_size: int | None, weights: Path) -> ImageModel:
     """Return a network with the weights in a file, whose classes and channels follow from them."""
     made_for = plain.made_for
+    whole = ModelSpec(plain.architecture, None, ("",), 3, made_for.input_size[-1], (), (), plain.arguments)
+    check_size(whole, most_bytes(weights))
     with torch.device("meta"):
         names = timm.create_model(plain.architecture, **plain.arguments).state_dict().keys()
     tensors, prefix = without_prefix(read_weights(weights), names)
     classes = _rows(tensors, made_for.classifier, 0) or made_for.num_classes
+    if not classes:
+        raise ValueError(
+            f"{weights} is of a network without a classifier ({plain.architecture}, no classes); timm.create_model and "
+            "convert_decoupled take it as it is"
+        )
     channels = _rows(tensors, made_for.first_conv, 1) or made_for.input_size[0]
     if in_chans not in (None, channels):
         raise ValueError(f"{weights} takes {channels} channels, not {in_chans}")

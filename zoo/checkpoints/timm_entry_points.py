@@ -19,6 +19,7 @@ from typing import Any
 import timm
 from torch import nn
 
+from operators.convert import stand_in_for
 from zoo.architectures import ARCHITECTURES
 from zoo.checkpoints.catalogue import HUB, find
 from zoo.checkpoints.config import read_config
@@ -126,6 +127,8 @@ def create_trained(
     if features_alone:
         network.reset_classifier(0)
     # timm saves a network with these, and with the name that builds it again.
-    name = STAND_IN if model.spec.operator else model.spec.architecture
-    network.pretrained_cfg = network.default_cfg = {**config.get("pretrained_cfg", {}), "architecture": name}
+    network.pretrained_cfg = {**config.get("pretrained_cfg", {}), "architecture": model.spec.architecture}
+    network.default_cfg = network.pretrained_cfg
+    if model.spec.operator:
+        stand_in_for(network)
     return network

@@ -66,7 +66,7 @@ def class_counts(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> 
     """Return how many images of each class have their largest logit there, and how many there are, int64 (classes,).
 
     Raises:
-        ValueError: no image, or a label beyond the classes.
+        ValueError: no image, a label beyond the classes, or answers that are not finite.
     """
     device = next(model.parameters()).device
     counts = torch.zeros(2, 1, dtype=torch.int64)
@@ -76,6 +76,8 @@ def class_counts(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> 
             classes = logits.shape[1]
             if len(labels) and not 0 <= labels.min() <= labels.max() < classes:
                 raise ValueError(f"labels are from 0 to {classes - 1}, got {labels.min()} to {labels.max()}")
+            if not logits.isfinite().all():
+                raise ValueError("the network's answers are not finite (NaN or infinite), so they are not measured")
             right = labels[logits.argmax(1) == labels]
             counts = counts + torch.stack([torch.bincount(found, minlength=classes) for found in (right, labels)])
     correct, total = counts

@@ -1,5 +1,6 @@
 """Commands on checkpoint folders: list, verify, cards, export, convert, measure, publish."""
 
+import dataclasses
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from zoo.checkpoints.starting_points import licence_of, start_from
 from zoo.commands.arguments import Commands, add_new_folder, checkpoint_name
 from zoo.data.augmentation import to_float
 from zoo.data.image_files import sample_files
+from zoo.data.labelled_files import LabelledFiles
 from zoo.data.measuring import data_for, measured_data
 from zoo.data.measuring import measure as measure_folder
 from zoo.data.registry import DATA
@@ -253,9 +255,15 @@ def measure(
     measured_before = not (data or root) and bool(read_config(folder)["metrics"])
     own = "ImageTable" if root and Path(root).is_file() else "ImageFolder"
     kind = None if measured_before else data or own
-    metrics, by_class = measure_folder(name, data_for(name, kind, root, title))
+    before, images = read_config(folder)["metrics"], data_for(name, kind, root, title)
+    metrics, by_class = measure_folder(name, images)
     _show_metrics(metrics)
     show_class_accuracies(by_class)
+    if isinstance(images, LabelledFiles) and not (images.has("val") or images.has("test")):
+        print("these are the images that a training would hold out of train, for there are none of val or test")
+    if before and before != [dataclasses.asdict(metric) for metric in metrics]:
+        print("in place of what was recorded before:")
+        _show_metrics(zoo.Metric(**metric) for metric in before)
     if licence:
         zoo.record(name, licence=licence)
     print(f"recorded: {folder}")

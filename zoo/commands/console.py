@@ -68,7 +68,10 @@ def main() -> None:
 def train() -> None:
     """Run Lightning's command line on the words that the process was given, as ``python train.py`` does."""
     with readable_errors():
-        _imported("zoo.training.cli").run()
+        run = _imported("zoo.training.cli").run
+        # Lightning has put its own in the place.
+        warnings.formatwarning = _plain_warning
+        run()
 
 
 def command_parser(families: Iterable[str]) -> argparse.ArgumentParser:
@@ -111,7 +114,7 @@ def readable_errors() -> Iterator[None]:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
     formatwarning = warnings.formatwarning
-    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
+    warnings.formatwarning = _plain_warning
     try:
         yield
     except _curable() as error:
@@ -125,6 +128,10 @@ def readable_errors() -> Iterator[None]:
         raise
     finally:
         warnings.formatwarning = formatwarning
+
+
+def _plain_warning(message: object, *_: object) -> str:
+    return f"warning: {message}\n"
 
 
 def shortened(message: str) -> str:

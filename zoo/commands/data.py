@@ -17,14 +17,26 @@ def add_commands(commands: Commands) -> None:
     command.add_argument(
         "root", metavar="ROOT", help="the folder that holds train (--data ImageFolder), or a table (--data ImageTable)"
     )
+    for column in ("file", "label", "split"):
+        command.add_argument(f"--{column}-column", help=f"the table's column of {column}s (default: {column})")
     command.add_argument("--grey", action="store_true", help="for a network that takes one channel")
     command.set_defaults(function=preflight)
 
 
-def preflight(root: str, *, grey: bool = False) -> int:
-    """Open every image of a folder or table, and list all that cannot be read; return 1 if there are any."""
+def preflight(root: str, *, grey: bool = False, **columns: str | None) -> int:
+    """Open every image of a folder or table, and list all that cannot be read; return 1 if there are any.
+
+    Args:
+        columns: the names of a table's columns, as :class:`ImageTable` takes them; None for its own.
+
+    Raises:
+        ValueError: columns of a folder.
+    """
     kind = ImageTable if Path(root).is_file() else ImageFolder
-    survey = kind(root, in_chans=1 if grey else 3).survey()
+    named = {column: name for column, name in columns.items() if name is not None}
+    if named and kind is ImageFolder:
+        raise ValueError(f"{root} is no table, which alone has columns; leave out {', '.join(named)}")
+    survey = kind(root, in_chans=1 if grey else 3, **named).survey()
     table = Table("split", "images", "classes", "in the smallest", "cannot be read")
     for split, (labels, broken) in survey.items():
         counts = labels.bincount()

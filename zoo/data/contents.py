@@ -27,14 +27,17 @@ class Contents:
         """Look through a folder, but for what is hidden (names that begin with a dot).
 
         Raises:
-            ValueError: a link to a folder that it lies in.
+            ValueError: a link to a folder that it lies in, or one that leads nowhere and may have led to a folder.
             OSError: a folder that cannot be read.
         """
         images, others = [], collections.Counter()
         for entry in _files_in(folder, [folder.resolve()]):
             path = Path(entry.path)
-            if has_image_ending(path) and (entry.is_file() or _leads_nowhere(path)):
+            lost = entry.is_symlink() and _leads_nowhere(path)
+            if has_image_ending(path) and (lost or entry.is_file()):
                 images.append(path)
+            elif lost:
+                refuse_lost_link(path)
             else:
                 others[path.suffix.lower()] += 1
         return cls(sorted(images), others)
@@ -49,9 +52,11 @@ def class_folders(folder: Path) -> dict[str, Path]:
     """
     found: dict[str, Path] = {}
     for path in sorted(folder.iterdir()):
+        if path.name.startswith("."):
+            continue
         if not has_image_ending(path):
             refuse_lost_link(path)
-        if path.is_dir() and not path.name.startswith("."):
+        if path.is_dir():
             name = composed(path.name)
             if name in found:
                 raise ValueError(
@@ -77,12 +82,13 @@ def left_out(others: Mapping[str, int]) -> str:
     """Say how many files of each ending are no images to us, and what to do about them."""
     by_cure: dict[str, list[str]] = {}
     for ending, number in sorted(others.items()):
-        by_cure.setdefault(cure(ending), []).append(f"{number} in {ending}" if ending else f"{number} without")
+        by_cure.setdefault(cure(ending), []).append(f"{number} in {ending}" if ending else f"{number} without any")
     told = [f"{', '.join(endings)} ({what})" for what, endings in by_cure.items()]
     return f"files left out for their endings: {'; '.join(told)}"
 
 
 def first_ten(names: list[str]) -> str:
+    """Return up to ten names in one line, and that there are more, if so."""
     return ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
 
 
@@ -94,12 +100,13 @@ def _files_in(folder: Path, way: list[Path]) -> Iterator[os.DirEntry[str]]:
         # Copying from a Mac leaves "._name.jpg" beside "name.jpg".
         if entry.name.startswith("."):
             continue
-        if not entry.is_dir():
+        # Unlike the entry's own method, this takes a link to itself.
+        if not os.path.isdir(entry.path):
             yield entry
             continue
         path = Path(entry.path)
-        resolved = path.resolve() if entry.is_symlink() else way[-1] / entry.name
-        if entry.is_symlink() and any(step.is_relative_to(resolved) for step in way):
+        resolved = path.resolve()
+        if any(step.is_relative_to(resolved) for step in way):
             raise ValueError(
                 f"{path} is a link to {resolved}, a folder that it lies in, so that what is in it has no end; remove "
                 "the link"

@@ -11,16 +11,9 @@ from torch import Tensor
 from zoo.data.augmentation import Augment
 from zoo.data.contents import Contents, class_folders, first_ten, left_out, refuse_lost_link
 from zoo.data.image_files import MOST_UNREADABLE
-from zoo.data.labelled_files import LabelledFiles
+from zoo.data.labelled_files import CALLED, LabelledFiles, differences
 from zoo.data.module import SPLITS, ClassWeights
 from zoo.models.image_formats import has_image_ending
-
-# What the folders of the splits are called elsewhere, in small letters.
-CALLED = {
-    "train": ("train", "training"),
-    "val": ("val", "valid", "validation", "dev"),
-    "test": ("test", "testing"),
-}
 
 
 class ImageFolder(LabelledFiles):
@@ -132,6 +125,8 @@ class ImageFolder(LabelledFiles):
         if not self.has("train"):
             other = self._called_otherwise().get("train")
             hint = f" (is it {self.root / other}?)" if other else ""
+            if self.root.is_file():
+                hint = f", as {self.root} is a file; is it a table (--data ImageTable --data.table {self.root})?"
             raise FileNotFoundError(f"no folder {train}{hint}; images are expected in {self.root}/train/CLASS/*")
         names, problems = list(class_folders(train)), []
         if len(names) < 2:
@@ -172,11 +167,7 @@ class ImageFolder(LabelledFiles):
             problems.append(
                 f"no image in the class folders {first_ten(empty)} of {folder}{told}; add images or remove the folders"
             )
-        if list(contents) != names:
-            only = {train: set(names) - set(contents), folder: set(contents) - set(names)}
-            told = " and ".join(
-                f"only {place} has {first_ten(sorted(extra))}" for place, extra in only.items() if extra
-            )
+        if told := differences(train, names, folder, contents):
             problems.append(f"{folder} and {train} must have the same class folders, but {told}; add or remove these")
         return problems
 

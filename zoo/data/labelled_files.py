@@ -2,7 +2,7 @@
 
 import abc
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from torch import Tensor
@@ -15,6 +15,13 @@ from zoo.data.module import SPLITS, ClassWeights, ImageData
 from zoo.data.preflight import examine
 from zoo.models.transform import ImageTransform, check_normalisation, usual_normalisation
 
+# What the splits are called elsewhere, in small letters.
+CALLED = {
+    "train": ("train", "training"),
+    "val": ("val", "valid", "validation", "dev"),
+    "test": ("test", "testing"),
+}
+
 
 class LabelledFiles(ImageData):
     """Image files with labels: what :class:`ImageFolder` and :class:`ImageTable` have in common.
@@ -23,7 +30,7 @@ class LabelledFiles(ImageData):
     images too.
 
     Args:
-        where: the folder or file that is named to prepare for what cannot be read.
+        where: the folder or table that messages name.
         others: those of :class:`ImageFolder`.
 
     Raises:
@@ -127,3 +134,9 @@ class LabelledFiles(ImageData):
             files, labels = self.files_of(split)
             found[split] = labels, examine(files, ImageTransform(self.in_chans, self.input_size))
         return found
+
+
+def differences(place: object, names: Collection[str], other: object, theirs: Collection[str]) -> str:
+    """Say which names only one of two places has; nothing if both have the same."""
+    only = [(place, set(names) - set(theirs)), (other, set(theirs) - set(names))]
+    return " and ".join(f"only {place} has {first_ten(sorted(extra))}" for place, extra in only if extra)

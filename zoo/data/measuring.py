@@ -13,7 +13,7 @@ from zoo.checkpoints.verification import class_counts
 from zoo.data.module import ImageData
 from zoo.data.registry import DATA
 from zoo.models.image_model import ImageModel
-from zoo.models.spec import ModelSpec
+from zoo.models.spec import ModelSpec, composed
 
 # Of a class by its name: how many of its images are named rightly, and how many there are.
 ClassCounts = dict[str, tuple[int, int]]
@@ -102,6 +102,11 @@ def data_for(where: str | Path, kind: str | None, root: str | None, title: str |
     if kind in OWN:
         config = read_config(zoo.find(where))
         settings = {"input_size": config["input_size"], "in_chans": config["in_chans"], "title": title}
+        record = config.get("measured_on") or config["training"].get("data") or {}
+        if record.get("name") == kind:
+            # Another table of the kind calls its columns the same.
+            columns = ("file_column", "label_column", "split_column")
+            settings |= {name: value for name, value in record["arguments"].items() if name in columns}
     elif title:
         raise ValueError(f"--title is that of images of your own ({', '.join(OWN)}); {kind} has its own")
     return recorded_data({"name": kind, "arguments": settings}, root)
@@ -144,8 +149,10 @@ def check_data(spec: ModelSpec, data: ImageData) -> None:
     """
     for what in ("class_names", "in_chans", "input_size"):
         mine, theirs = getattr(spec, what), getattr(data, what)
-        if mine != (tuple(theirs) if what == "class_names" else theirs):
+        names = tuple(map(composed, theirs)) if what == "class_names" else theirs
+        if mine != names:
+            order = ", the same in another order" if what == "class_names" and set(mine) == set(names) else ""
             raise ValueError(
-                f"the network has {what} {mine}, but {data.title} has {theirs}; choose the data it was trained on "
-                "(--data), or train again"
+                f"the network has {what} {mine}, but {data.title} has {theirs}{order}; choose the data it was trained "
+                "on (--data), or train again"
             )

@@ -128,10 +128,11 @@ class ImageData(L.LightningDataModule, abc.ABC):
         """Read "train", "val" or "test"."""
 
     def loss_weights(self) -> Tensor | None:
-        """Return the factor of each class in the training loss, float32 (num_classes,); None for all the same.
+        """Return the factor ``a_k`` of each class in the training loss, float32 (num_classes,); None for all the same.
 
-        ``"auto"`` gives ``N / (K · N_k)``: with ``N_k`` of ``N`` training images in the ``k``-th of ``K`` classes, all
-        classes count the same, and the mean over the images is 1.
+        The loss of a batch is the sum of ``a_k`` times each image's own loss, by the number of images. ``"auto"`` gives
+        ``a_k = N / (K · N_k)``: with ``N_k`` of ``N`` training images in the ``k``-th of ``K`` classes, all classes
+        count the same, and the mean of the factors over the images is 1. A list is scaled to that mean, too.
 
         Raises:
             ValueError: another number of weights than of classes, or one that is not more than 0 and finite.
@@ -147,7 +148,7 @@ class ImageData(L.LightningDataModule, abc.ABC):
                 f'class_weights is "auto", or a number more than 0 for each of the {self.num_classes} classes, in this '
                 f"order: {first_ten(self.class_names)}; got {self.class_weights}"
             )
-        return weights
+        return weights / weights[self.split("train").labels].mean()
 
     def split(self, split: str) -> ImageSet:
         """Return "train", "val", "test" or "predict", which is read when first asked for and then kept."""

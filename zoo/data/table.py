@@ -3,6 +3,7 @@
 import csv
 import io
 import os
+import re
 from pathlib import Path
 
 import torch
@@ -11,9 +12,8 @@ from torch import Tensor
 
 from operators.lookup import unknown_name
 from zoo.data.augmentation import Augment
-from zoo.data.contents import first_ten
 from zoo.data.image_files import MOST_UNREADABLE
-from zoo.data.labelled_files import LabelledFiles
+from zoo.data.labelled_files import CALLED, LabelledFiles, differences
 from zoo.data.module import SPLITS, ClassWeights
 from zoo.models.spec import composed
 
@@ -117,20 +117,17 @@ class ImageTable(LabelledFiles):
     def _rows(self, file_column: str, label_column: str, split_column: str) -> dict[str, dict[Path, str]]:
         """Return of each split the label of each file, as the table tells them."""
         header, lines = self._lines()
-        needed = {"file_column": file_column, "label_column": label_column}
-        # A table without this column is all of train.
-        needed |= {} if split_column == "split" else {"split_column": split_column}
-        for option, column in needed.items():
-            if column not in header:
-                message = unknown_name(f"column of {self.table}", column, header)
-                raise ValueError(f"{message} The column is named by --data.{option}.")
+        self._check_header(header, file_column, label_column, split_column)
         rows: dict[str, dict[Path, str]] = {split: {} for split in SPLITS}
         problems, seen = [], {}
         for number, line in lines.items():
-            row = {"split": "train", **dict(zip(header, line, strict=False))}
+            row = {split_column: "train", **dict(zip(header, line, strict=False))}
             file, label, split = (row.get(column, "") for column in (file_column, label_column, split_column))
-            path = Path(os.path.normpath(self.table.parent / file))
-            if not file or not label:
+            split = next((name for name, others in CALLED.items() if split.lower() in others), split)
+            path = self._path_of(file)
+            if len(line) != len(header):
+                problems.append(f"line {number} has {len(line)} cells, the first line {len(header)}")
+            elif not file or not label:
                 problems.append(f"line {number} has no {label_column if file else file_column}")
             elif split not in SPLITS:
                 problems.append(f"line {number}: {unknown_name('split', split, SPLITS)}")
@@ -140,8 +137,29 @@ class ImageTable(LabelledFiles):
                 seen[path] = number
                 rows[split][path] = composed(label)
         if problems:
-            raise ValueError(f"{self.table} is no table of images: {'; '.join(problems[:10])}")
+            more = f"; ... ({len(problems)} lines in all)" if len(problems) > 10 else ""
+            raise ValueError(f"{self.table} is no table of images: {'; '.join(problems[:10])}{more}")
         return rows
+
+    def _path_of(self, file: str) -> Path:
+        """Return the path of a file, whose folders a table of Windows parts otherwise."""
+        path = Path(os.path.normpath(self.table.parent / file))
+        if "\\" in file and not path.exists():
+            path = Path(os.path.normpath(self.table.parent / file.replace("\\", "/")))
+        return path
+
+    def _check_header(self, header: list[str], file_column: str, label_column: str, split_column: str) -> None:
+        """Refuse names of columns that are not there, stand twice, or are spelt as others are but for capitals."""
+        needed = {"file_column": file_column, "label_column": label_column}
+        alike = [name for name in header if name.lower() == split_column.lower()]
+        # A table without this column is all of train.
+        if split_column != "split" or alike:
+            needed["split_column"] = split_column
+        for option, column in needed.items():
+            if header.count(column) != 1:
+                message = unknown_name(f"column of {self.table}", column, header)
+                twice = f"{self.table} has {header.count(column)} columns {column!r}." if column in header else message
+                raise ValueError(f"{twice} The column is named by --data.{option}.")
 
     def _lines(self) -> tuple[list[str], dict[int, list[str]]]:
         """Return the names of the columns, and by its number the cells of each line below, without space around."""
@@ -150,15 +168,22 @@ class ImageTable(LabelledFiles):
         try:
             # Excel begins its files with a mark that is no part of the first column's name.
             text = self.table.read_text(encoding="utf-8-sig")
-            delimiter = max(DELIMITERS, key=text.partition("\n")[0].count)
+            first = next((line for line in text.splitlines() if line.strip()), "")
+            # Excel may tell by a line before the others what stands between columns.
+            told = re.fullmatch("sep=(.)", first.strip())
+            delimiter = told[1] if told else max(DELIMITERS, key=first.count)
             reader = csv.reader(io.StringIO(text), delimiter=delimiter, strict=True)
-            lines = dict((reader.line_num, [cell.strip() for cell in line]) for line in reader)
+            lines = {}
+            for line in reader:
+                if told and not lines and "".join(line).startswith("sep="):
+                    continue
+                if cells := [cell.strip() for cell in line] if any(map(str.strip, line)) else []:
+                    lines[reader.line_num] = cells
         except (UnicodeDecodeError, csv.Error) as error:
             raise ValueError(f"{self.table} is no CSV file in UTF-8 ({error}); save it as one") from error
-        header, *rest = [number for number, line in lines.items() if any(line)] or [0]
-        if not rest:
+        if len(lines) < 2:
             raise ValueError(f"{self.table} has no line below the names of its columns; it needs one for each image")
-        return lines[header], {number: lines[number] for number in rest}
+        return lines.pop(min(lines)), lines
 
     def _check_classes(self) -> list[str]:
         names = sorted(set(self.rows["train"].values()))
@@ -166,17 +191,14 @@ class ImageTable(LabelledFiles):
         if len(names) < 2:
             problems.append(f"{self.table} needs two or more labels of train, but has {', '.join(names) or 'none'}")
         for split in filter(self.has, SPLITS[1:]):
-            theirs = set(self.rows[split].values())
-            only = {"train": set(names) - theirs, split: theirs - set(names)}
-            told = " and ".join(
-                f"only {place} has {first_ten(sorted(extra))}" for place, extra in only.items() if extra
-            )
-            if told:
+            if told := differences("train", names, split, self.rows[split].values()):
                 problems.append(
                     f"{split} and train of {self.table} must have the same labels, but {told}; add or remove these"
                 )
         if problems:
             raise ValueError("\n".join(problems))
+        if not self.has("val") and not self.has("test"):
+            rank_zero_info(f"all {len(self.rows['train']):,} images of {self.table} are of train")
         if not self.has("test"):
             rank_zero_info(f"{self.table} has no test images: its validation images are its test images, too")
         return names

@@ -282,7 +282,7 @@ def refused_token(error: BaseException) -> str | None:
         if status_of(answer) != 401:
             return None
     named = next((name for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN") if os.environ.get(name)), None)
-    where, away = (named, f"unset {named}") if named else (constants.HF_TOKEN_PATH, "hf auth logout")
+    where, away = (named, f"remove the variable {named}") if named else (constants.HF_TOKEN_PATH, "hf auth logout")
     return (
         f"{constants.ENDPOINT} refuses your token ({where}): it has expired, or is mistyped. Renew it (hf auth login, "
         f"or {constants.ENDPOINT}/settings/tokens), or go without one ({away}), as all may read public repositories"

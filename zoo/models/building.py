@@ -16,7 +16,7 @@ from operators import OperatorConfig, convert_decoupled, decoupled_layers
 from operators.lookup import look_up, unknown_name
 from zoo.architectures import ARCHITECTURES
 from zoo.models.image_model import ImageModel, check_input_size, default_input_size, names_of_classes, size_error
-from zoo.models.spec import PLAIN, ModelSpec
+from zoo.models.spec import PLAIN, STAND_IN, ModelSpec, name_of_today
 from zoo.models.transform import check_normalisation, usual_normalisation
 
 # Parameters that a network may have which a checkpoint describes.
@@ -137,12 +137,12 @@ def current_name(architecture: str) -> str:
         ValueError: timm has it no more.
     """
     renamed = timm.models.get_deprecated_models()
-    if architecture not in renamed:
-        return architecture
-    if renamed[architecture] is None:
+    if architecture in renamed and renamed[architecture] is None:
         raise ValueError(unknown_name("architecture (timm has it no more)", architecture, (), timm.list_models()))
-    warnings.warn(f"timm calls {architecture} {renamed[architecture]} today, which is taken", stacklevel=1)
-    return renamed[architecture]
+    name = name_of_today(architecture)
+    if name != architecture:
+        warnings.warn(f"timm calls {architecture} {name} today, which is taken", stacklevel=1)
+    return name
 
 
 def list_architectures(own: bool = False) -> list[str]:
@@ -172,7 +172,7 @@ def _build_network(
     arguments = {"num_classes": num_classes, "in_chans": in_chans, **architecture_args}
     function = ARCHITECTURES.get(architecture)
     if function is None:
-        if not timm.is_model(architecture):
+        if not timm.is_model(architecture) or architecture == STAND_IN:
             message = unknown_name("architecture", architecture, ARCHITECTURES, unlisted=timm.list_models())
             raise ValueError(f"{message} zoo.list_architectures() lists them all.")
         return _build_timm_network(architecture, input_size, arguments)

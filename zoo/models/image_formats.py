@@ -32,7 +32,13 @@ def cure(ending: str) -> str:
     """Return how files with an ending that is no image's are read, after all."""
     if ending in HEIF:
         return "pip install pillow-heif (extra heif) reads them"
-    return "convert them to .jpg or .png if they are images" if ending else "give them the ending of their kind"
+    return f"{'convert' if ending else 'rename'} them to .jpg or .png if they are images"
+
+
+def image_formats() -> list[str]:
+    """Return the formats that Pillow is to open, whatever a file is called, by Pillow's names."""
+    image_endings()
+    return [form for form in Image.OPEN if form not in NOT_DECODED]
 
 
 def has_image_ending(file: Path) -> bool:

@@ -4,6 +4,7 @@ import dataclasses
 import math
 import operator
 import os
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from operators import decoupled_layers
 from operators.evaluation_mode import evaluating
+from zoo.files import is_url
 from zoo.models.spec import ModelSpec
 from zoo.models.transform import ImageTransform
 
@@ -109,7 +111,8 @@ class ImageModel(nn.Module):
 
         Args:
             images: a PIL image, the path of an image file or a tensor (in_chans, H, W) of floats in [0, 1]; or a
-                sequence of these, or a tensor (N, in_chans, H, W).
+                sequence of these, or a tensor (N, in_chans, H, W). A tensor is taken as it is, with a warning if its
+                size is not the network's; other images become what :attr:`transform` makes of them.
             top: how many classes; all, if there are fewer.
 
         Returns:
@@ -132,18 +135,31 @@ class ImageModel(nn.Module):
         # Images that do not come as a batch may be of different sizes, and go one by one.
         batches = [images.to(self.mean.device)] if is_batch else map(self._as_batch, [images] if single else images)
         with evaluating(self), torch.inference_mode():
-            guesses = [guess for batch in batches for guess in self._guesses(self(batch), top)]
+            guesses = []
+            for batch in batches:
+                self._warn_of_size(batch)
+                guesses += self._guesses(self(batch), top)
         return guesses[0] if single else guesses
 
     def _as_batch(self, image: str | os.PathLike[str] | Image.Image | Tensor) -> Tensor:
         if isinstance(image, str | os.PathLike):
             if not Path(image).is_file():
-                fetch = "fetch it first" if "://" in os.fspath(image) else "check the path"
+                fetch = "fetch it first" if is_url(os.fspath(image)) else "check the path"
                 raise FileNotFoundError(f"no image file {os.fspath(image)}; {fetch}")
             image = self.transform.read(Path(image)).float() / 255
         elif not isinstance(image, Tensor):
             image = self.transform(image)
         return image.unsqueeze(0).to(self.mean.device)
+
+    def _warn_of_size(self, images: Tensor) -> None:
+        size = self.spec.input_size
+        if images.dim() == 4 and images.shape[-2:] != (size, size):
+            height, width = images.shape[-2:]
+            warnings.warn(
+                f"a tensor of {height}×{width} pixels is taken as it is, and the network was trained on {size}×{size}; "
+                "model.transform makes its size of a PIL image",
+                stacklevel=3,
+            )
 
     def _guesses(self, logits: Tensor, top: int) -> list[list[Guess]]:
         if not logits.isfinite().all():

@@ -5,6 +5,8 @@ import unicodedata
 from collections.abc import Mapping
 from typing import Any
 
+import timm
+
 from operators import OperatorConfig
 from operators.convert import STAND_IN
 from zoo.architectures import ARCHITECTURES
@@ -67,9 +69,16 @@ class ModelSpec:
         if values["architecture"] == STAND_IN:
             values["model_args"] = dict(values["model_args"])
             values["architecture"] = values["model_args"].pop("architecture", STAND_IN)
+        # Earlier versions recorded names that timm has changed, and the tag of the weights.
+        values["architecture"] = name_of_today(values["architecture"]).partition(".")[0]
         values.update({name: tuple(values[name]) for name in ("class_names", "mean", "std")})
         operator = values["operator"]
         return cls(**{**values, "operator": None if operator == PLAIN else OperatorConfig.parse(operator)})
+
+
+def name_of_today(architecture: str) -> str:
+    """Return what timm calls an architecture now, with the tag of its weights, if it has renamed it."""
+    return timm.models.get_deprecated_models().get(architecture) or architecture
 
 
 def composed(name: str) -> str:

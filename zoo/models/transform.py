@@ -1,7 +1,6 @@
 """From a PIL image to the tensor that a model takes."""
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import torchvision.transforms.v2.functional as TF
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from zoo.models.image_formats import HEIF, cure, has_image_ending
+from zoo.models.image_formats import HEIF, cure, has_image_ending, image_formats
 
 MODES = {1: "L", 3: "RGB"}
 
@@ -30,8 +29,7 @@ def check_normalisation(what: str, values: Sequence[float]) -> None:
     Raises:
         ValueError: it is not.
     """
-    lowest = 0.0 if what == "mean" else math.ulp(0.0)
-    if not all(lowest <= value <= 1 for value in values):
+    if not all(0 <= value <= 1 and (what == "mean" or value) for value in values):
         share = "at least 0" if what == "mean" else "more than 0"
         raise ValueError(
             f"{what} is that of pixels in [0, 1], {share} and at most 1, got {list(values)}; if it is that of bytes, "
@@ -102,12 +100,12 @@ class ImageTransform:
 
 
 def _opened(file: Path) -> Image.Image:
-    ready = has_image_ending(file)
     try:
-        return Image.open(file)
+        return Image.open(file, formats=image_formats())
     # Pillow's own message has but the file's name.
     except UnidentifiedImageError as error:
-        more = "" if ready or file.suffix.lower() not in HEIF else f"; {cure(file.suffix.lower())}"
+        ending = file.suffix.lower()
+        more = f"; {cure(ending)}" if ending in HEIF and not has_image_ending(file) else ""
         raise ValueError(f"no image of a known kind{more}") from error
 
 
@@ -119,11 +117,13 @@ def _eight_bits(image: Image.Image, form: str | None) -> Image.Image:
     """
     # The range that a PGM file states, PIL has scaled to 16 bits.
     if image.mode.startswith("I;16") or (image.mode == "I" and form == "PPM"):
-        short = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
-        if "transparency" in image.info:
-            # The level that is transparent, of all 65,536.
-            short.info["transparency"] = image.info["transparency"] // 257
-        return short
+        levels = np.asarray(image)
+        grey = Image.fromarray((levels // 257).astype(np.uint8))
+        if "transparency" not in image.info:
+            return grey
+        # One level of all 65,536 is transparent.
+        opaque = Image.fromarray((levels != image.info["transparency"]).astype(np.uint8) * 255)
+        return Image.merge("LA", (grey, opaque))
     if image.mode in ("I", "F"):
         raise ValueError(
             f"its pixels (PIL's mode {image.mode}) have no stated range; save it with 8 or 16 bits a channel"

@@ -10,7 +10,7 @@ import yaml
 from filelock import FileLock, Timeout
 from lightning.pytorch.utilities import rank_zero_warn
 
-from zoo.files import DRAFT, keep, relative, sync_folder, write_whole
+from zoo.files import DRAFT, is_url, keep, relative, sync_folder, write_whole
 from zoo.resuming.files import LAST, PREVIOUS, damage_of
 from zoo.resuming.record import record_of
 
@@ -35,7 +35,7 @@ def usable_checkpoint(path: str | os.PathLike[str]) -> str:
         FileNotFoundError: no such file, and none before it.
         ValueError: the file is damaged or was not written by ``Classifier``, and there is none before it.
     """
-    if "://" in os.fspath(path):
+    if is_url(os.fspath(path)):
         raise FileNotFoundError(f"{path} is no file of this machine; download it first")
     path = Path(path)
     previous = path.with_name(PREVIOUS)

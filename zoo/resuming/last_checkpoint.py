@@ -204,7 +204,7 @@ def best_checkpoint(trainer: L.Trainer) -> ModelCheckpoint:
 
 def best_settings(trainer: L.Trainer) -> dict[str, Any]:
     """Return by what a run tells its best checkpoint, and how many it keeps, as :class:`RunRecord` has it."""
-    if not trainer.checkpoint_callbacks:
+    if not any(isinstance(callback, ModelCheckpoint) for callback in trainer.checkpoint_callbacks):
         return {}
     best = best_checkpoint(trainer)
     return {name: getattr(best, name) for name in ("monitor", "filename", "save_top_k")}

@@ -34,7 +34,7 @@ from zoo.training.freezing import backbone, drop_gradients, freeze
 from zoo.training.network import check_network_settings, described, first_network
 from zoo.training.optimisation import check_optimiser_settings, orthogonality_penalty, refuse_changes, with_schedule
 from zoo.training.sharding import check_sharding, shard
-from zoo.training.strided import avoid_wrong_gradients
+from zoo.training.strided import avoid_wrong_gradients, undo
 
 
 class Classifier(L.LightningModule):
@@ -140,8 +140,6 @@ class Classifier(L.LightningModule):
             check_data(self.model.spec, data)
         if stage == "fit":
             self.loss_weights = data.loss_weights()
-            if told := told_weights(data.class_names, self.loss_weights, data.split("train").labels):
-                rank_zero_info(told)
         # Asked for at the start, for files may change while the network trains.
         commit()
 
@@ -165,8 +163,11 @@ class Classifier(L.LightningModule):
         images = images.contiguous(memory_format=self.memory_format)
         if self.adversarial:
             images = self.adversarial.perturb(self.model, images, labels)
-        logits, settings = self.training_forward(images), {"label_smoothing": self.hparams.label_smoothing}
-        loss = F.cross_entropy(logits, labels, self.loss_weights, **settings)
+        logits = self.training_forward(images)
+        smoothing, weights = self.hparams.label_smoothing, self.loss_weights
+        loss = F.cross_entropy(logits, labels, weights, reduction=self._reduction, label_smoothing=smoothing)
+        if weights is not None:
+            loss = loss / len(labels)
         self.seen = images, loss.detach()
         self.log("train_loss", loss, prog_bar=True)
         if self.hparams.orthogonality:
@@ -174,6 +175,8 @@ class Classifier(L.LightningModule):
         return loss
 
     def on_validation_start(self) -> None:
+        # One that was broken off has counted some images.
+        self.by_class["val"].reset()
         # DDP does so in each step: BatchNorm's statistics are those of the first process.
         if isinstance(self.trainer.strategy, ModelParallelStrategy):
             for buffer in self.model.buffers():
@@ -219,13 +222,20 @@ class Classifier(L.LightningModule):
         for state in self.loader_states:
             self.trainer.train_dataloader.load_state_dict(state)
         self.loader_states = []
+        avoid_wrong_gradients(self.model)
         # A run that goes on within an epoch does not begin it.
         self.on_train_epoch_start()
+        if told := told_weights(self.model.class_names, self.loss_weights, self._data().split("train").labels):
+            rank_zero_info(told)
         if 0 < self.trainer.max_epochs <= self.hparams.freeze_epochs:
             rank_zero_info(
                 f"only the classifier is trained: freeze_epochs is {self.hparams.freeze_epochs}, max_epochs "
                 f"{self.trainer.max_epochs}"
             )
+
+    def on_train_end(self) -> None:
+        # Others, such as the converter, know torch's own convolutions.
+        undo(self.model)
 
     def on_train_epoch_start(self) -> None:
         if self.hparams.freeze_epochs:
@@ -305,11 +315,15 @@ class Classifier(L.LightningModule):
     def _frozen(self) -> bool:
         return self.current_epoch < self.hparams.freeze_epochs
 
+    @property
+    def _reduction(self) -> str:
+        # torch's mean divides by the weights of the batch, of which little is left then in small batches.
+        return "mean" if self.loss_weights is None else "sum"
+
     def _announce(self) -> None:
         rank_zero_info(f"{described(self.model.spec)}, {sum(p.numel() for p in self.parameters()):,} parameters")
 
     def _set_model(self, model: ImageModel) -> None:
-        avoid_wrong_gradients(model)
         self.model = model.to(memory_format=self.memory_format)
         # A function and no module, whose parameters would be registered twice.
         self.training_forward = torch.compile(model.forward, dynamic=False) if self.hparams.compile else model.__call__
@@ -341,5 +355,6 @@ class Classifier(L.LightningModule):
         """Log the balanced accuracy, and return how many images of each class are named rightly, and of how many."""
         correct, total = self.by_class[split].compute()
         self.by_class[split].reset()
-        self.log(f"{split}_balanced_accuracy", balanced(correct, total))
+        # It is the same in all processes.
+        self.log(f"{split}_balanced_accuracy", balanced(correct, total).item())
         return correct, total

@@ -258,17 +258,22 @@ def leaving_other_processes_in_order() -> Iterator[None]:
 
     A process that another one waits for in vain would wait here, so one that fails leaves without a word.
     """
+    before = _is_in_a_group()
     try:
         yield
     except SystemExit:
-        _leave_process_group()
+        _leave_group(before)
         raise
-    _leave_process_group()
+    _leave_group(before)
 
 
-def _leave_process_group() -> None:
+def _is_in_a_group() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def _leave_group(before: bool) -> None:
     # The threads of a group that is still there when Python ends abort the process now and then (torch 2.14, gloo).
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    if _is_in_a_group() and not before:
         torch.distributed.destroy_process_group()
 
 

@@ -11,7 +11,7 @@ from zoo.data.module import ImageData
 from zoo.models.building import build
 from zoo.models.conversion import convert
 from zoo.models.image_model import ImageModel
-from zoo.models.spec import PLAIN, ModelSpec
+from zoo.models.spec import PLAIN, ModelSpec, composed
 
 # Training images to whose norms a converted network is fitted.
 CALIBRATION_IMAGES = 256
@@ -35,7 +35,7 @@ def check_network_settings(settings: Mapping[str, Any]) -> None:
     if source and (ignored := [name for name in ("architecture", "architecture_args") if settings[name]]):
         raise ValueError(
             f"init_from {source} has an architecture already; leave out {' and '.join(ignored)}, or leave out "
-            "init_from to train a new network"
+            "init_from to train a new network (--model.init_from null, where a recipe has it)"
         )
     if settings["adversarial"] and settings["mixup"]:
         raise ValueError("mixed images have no class to be attacked; leave out mixup or adversarial")
@@ -94,6 +94,6 @@ def _adapted(settings: Mapping[str, Any], data: ImageData) -> ImageModel:
             rank_zero_info(str(calibration))
     elif operator == PLAIN and model.spec.operator is not None:
         raise ValueError(f"{source} is {model.spec.operator_name}; to train a plain network, start from its twin")
-    if model.class_names != tuple(data.class_names):
+    if model.class_names != tuple(map(composed, data.class_names)):
         model.reset_classifier(data.class_names)
     return model.train()

@@ -8,9 +8,10 @@ import yaml
 from jsonargparse import Namespace
 
 from operators.lookup import unknown_name
+from zoo.files import is_url
 
-# What is logged of validation and training, by which the best checkpoint can be told.
-MONITORED = ("train_loss", "val_accuracy", "val_balanced_accuracy", "val_loss")
+# What is logged of validation, by which the best checkpoint can be told.
+MONITORED = ("val_accuracy", "val_balanced_accuracy", "val_loss")
 # With adversarial training.
 MONITORED_UNDER_ATTACK = ("val_fgsm_accuracy", "val_pgd_accuracy")
 
@@ -25,24 +26,25 @@ def put_logs_below_root(trainer: Namespace, usual: str) -> None:
     for logger in loggers:
         given = logger.get("init_args") if isinstance(logger, Namespace) else None
         if given and given.get("save_dir") == usual:
-            given.save_dir = str(trainer.default_root_dir)
+            given.save_dir = str(trainer.default_root_dir or usual)
 
 
 def choose_mode(checkpoint: Namespace) -> None:
-    """Let the best checkpoint be that of the lowest loss, or of the highest accuracy, whatever the default says."""
-    if checkpoint.monitor:
-        checkpoint.mode = "min" if checkpoint.monitor.endswith("_loss") else "max"
+    """Let the best checkpoint be that of the lowest loss; by default it is that of the highest accuracy."""
+    if checkpoint.monitor and checkpoint.monitor.endswith("_loss"):
+        checkpoint.mode = "min"
 
 
 def refuse_repeated_keys(file: Path) -> None:
     """Refuse a configuration file that says something twice, of which YAML would take the last alone.
 
     Raises:
-        ValueError: a key stands twice in one block, or the file is not YAML in UTF-8.
+        ValueError: a key stands twice in one block, or the file is not in UTF-8.
     """
-    if not file.is_file():
-        return
     try:
+        # Settings may stand on the command line itself, in a file's place.
+        if not file.is_file():
+            return
         yaml.load(file.read_text(encoding="utf-8-sig"), Loader=_StrictLoader)
     except UnicodeDecodeError as error:
         raise ValueError(f"{file} is not in UTF-8 ({error}); save it as UTF-8") from error
@@ -51,7 +53,7 @@ def refuse_repeated_keys(file: Path) -> None:
             f"{file}: {error} stands twice in one block, of which only one would count; join them"
         ) from None
     # Whatever else is wrong with it, the parser says.
-    except yaml.YAMLError:
+    except (yaml.YAMLError, OSError, TypeError):
         return
 
 
@@ -61,7 +63,8 @@ class _RepeatedKey(Exception):
 
 class _StrictLoader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = Counter(key.value for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge")
+        scalars = (key for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+        keys = Counter(key.value for key in scalars if key.tag != "tag:yaml.org,2002:merge")
         for key, times in keys.items():
             if times > 1:
                 raise _RepeatedKey(repr(key))
@@ -72,11 +75,12 @@ def refuse_settings(subcommand: str, settings: Namespace) -> None:
     """Raise ValueError for settings that Lightning takes, and that would train or test nothing."""
     if settings.checkpoint.save_last:
         raise ValueError("leave out --checkpoint.save_last: last.ckpt is always written (--last.every_n_steps)")
-    if "://" in (settings.checkpoint.dirpath or ""):
+    if is_url(settings.checkpoint.dirpath or ""):
         raise ValueError(
             f"--checkpoint.dirpath is a folder of this machine, or one mounted there, got {settings.checkpoint.dirpath}"
         )
-    _refuse_lost_checkpoints(settings)
+    if subcommand == "fit":
+        _refuse_lost_checkpoints(settings)
     _refuse_of_lightning(settings.trainer)
     trainer = settings.trainer
     if trainer.accumulate_grad_batches < 1:
@@ -103,6 +107,8 @@ def _refuse_lost_checkpoints(settings: Namespace) -> None:
     legal = MONITORED + (MONITORED_UNDER_ATTACK if attacked else ())
     if checkpoint.monitor is not None and checkpoint.monitor not in legal:
         raise ValueError(unknown_name("quantity to monitor (--checkpoint.monitor)", checkpoint.monitor, legal))
+    if checkpoint.mode == "min" and checkpoint.monitor and not checkpoint.monitor.endswith("_loss"):
+        raise ValueError(f"the best {checkpoint.monitor} is the highest; leave out --checkpoint.mode min")
     if checkpoint.save_top_k not in (0, 1) and "{" not in (checkpoint.filename or "{"):
         raise ValueError(
             f"--checkpoint.save_top_k {checkpoint.save_top_k} keeps several checkpoints, and --checkpoint.filename "

@@ -5,8 +5,9 @@ from torch import Tensor, nn
 
 from operators.functional import subsample
 
-# oneDNN writes the gradient of a 1×1 filter in blocks of so many channels, past the end of what it has if there are
-# fewer: where images are channels_last, or the network compiled, that crashes or is wrong without a word.
+# oneDNN (torch 2.14.1) gathers the pixels of strided channels_last images in a buffer for their channels alone, while
+# its kernel for the gradient of 1×1 filters takes blocks of so many (of 8 without AVX-512): with fewer channels, one
+# group, no padding, and a stride that divides height and width, it crashes, or is wrong without a word.
 BLOCK = 16
 
 
@@ -25,6 +26,13 @@ def avoid_wrong_gradients(network: nn.Module) -> None:
     for layer in network.modules():
         if type(layer) is nn.Conv2d and _is_trained_wrongly(layer):
             layer.__class__ = SubsampledConv2d
+
+
+def undo(network: nn.Module) -> None:
+    """Make plain convolutions of those that subsample, as they were."""
+    for layer in network.modules():
+        if type(layer) is SubsampledConv2d:
+            layer.__class__ = nn.Conv2d
 
 
 def _is_trained_wrongly(layer: nn.Conv2d) -> bool:
