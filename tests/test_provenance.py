@@ -15,8 +15,8 @@ from zoo.provenance import command_of, portable
 
 @pytest.fixture
 def windows(monkeypatch):
-    """Have paths as Windows has them, in C:\\work\\run."""
-    monkeypatch.setattr(os, "getcwd", lambda: "C:\\work\\run")
+    """Have paths as Windows has them, in C:\\data\\run."""
+    monkeypatch.setattr(os, "getcwd", lambda: "C:\\data\\run")
     with monkeypatch.context() as patch:
         patch.setattr("os.path", ntpath)
         yield
@@ -29,8 +29,8 @@ def windows(monkeypatch):
         (r"D:\photos\new", r"D:\photos\new"),
         ("--data.root=D:/photos/", "--data.root=D:/photos/"),
         (r"\\server\share\photos", r"\\server\share\photos"),
-        (r"--data.root=C:\work\run\photos", r"--data.root=photos"),
-        (r"C:\work\run\photos\new", r"photos\new"),
+        (r"--data.root=C:\data\run\photos", r"--data.root=photos"),
+        (r"C:\data\run\photos\new", r"photos\new"),
         (r"--data.root=C:\Users\me\photos", "--data.root=photos"),
         ("C:/Users/me/photos/", "photos"),
         (r"--data.root=photos\new", r"--data.root=photos\new"),
@@ -42,23 +42,23 @@ def test_paths_of_windows_are_recorded(windows, word, recorded):
 
 
 def test_a_path_on_another_drive_is_told_as_it_is(windows):
-    assert relative(r"D:\runs\best.ckpt") == r"D:\runs\best.ckpt" and relative(r"C:\work\best.ckpt") == r"..\best.ckpt"
+    assert relative(r"D:\runs\best.ckpt") == r"D:\runs\best.ckpt" and relative(r"C:\data\best.ckpt") == r"..\best.ckpt"
 
 
 @pytest.mark.parametrize(
     ("word", "recorded"),
     [
         ("--data.root=/mnt/photos/", "--data.root=photos"),
-        ("/work/run/photos/new", "photos/new"),
-        ("/work/run", "."),
-        ("/work/..run/photos", "photos"),
-        ("/work/run/..photos", "..photos"),
+        ("/srv/run/photos/new", "photos/new"),
+        ("/srv/run", "."),
+        ("/srv/..run/photos", "photos"),
+        ("/srv/run/..photos", "..photos"),
         ("photos", "photos"),
     ],
 )
 def test_paths_of_posix_are_recorded(monkeypatch, word, recorded):
     assert os.path is posixpath
-    monkeypatch.setattr(os, "getcwd", lambda: "/work/run")
+    monkeypatch.setattr(os, "getcwd", lambda: "/srv/run")
     assert portable(word) == recorded
 
 
