@@ -21,6 +21,8 @@ from zoo.files import write_whole
 
 Step = Callable[[], None]
 PLAIN = "plain"
+# Vectors, and fast half precision.
+FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_fp16")
 RESULTS = Path(__file__).resolve().parent.parent / "results"
 
 
@@ -53,25 +55,47 @@ def compare(steps: Mapping[str, Step], rounds: int, warm_up: int = 3) -> dict[st
 
 
 def compete(
-    networks: Mapping[str, nn.Module], images: Tensor, *, training: bool, compiled: bool, rounds: int
+    networks: Mapping[str, nn.Module],
+    images: Tensor,
+    *,
+    training: bool,
+    compiled: bool,
+    rounds: int,
+    autocast: torch.dtype | None = None,
 ) -> dict[str, dict[str, float]]:
     """Return what :func:`compare` says of networks, and their peak memory as a ratio to that of ``"plain"``.
 
-    They are moved to the device, dtype and memory format of ``images``, channels last, and compiled there.
+    They are moved to the device of ``images``, and to their dtype unless they run under ``autocast``, with channels
+    last, and compiled there.
     """
     torch.compiler.reset()
     make_step = training_step if training else inference_step
     steps, peaks = {}, {}
     for name, network in networks.items():
-        network.to(images.device, images.dtype, memory_format=torch.channels_last)
+        dtype = None if autocast else images.dtype
+        network.to(images.device, dtype, memory_format=torch.channels_last)
         if compiled:
             network.compile(fullgraph=True, dynamic=False)
+        if autocast:
+            network = Autocast(network, autocast)
         steps[name] = make_step(network, images)
         peaks[name] = peak_bytes(steps[name], network, images)
     numbers = compare(steps, rounds)
     for name, peak in peaks.items():
         numbers[name]["memory"] = peak / peaks[PLAIN]
     return numbers
+
+
+class Autocast(nn.Module):
+    """A network under autocast to a dtype."""
+
+    def __init__(self, network: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.network, self.dtype = network, dtype
+
+    def forward(self, images: Tensor) -> Tensor:
+        with torch.autocast(images.device.type, self.dtype):
+            return self.network(images)
 
 
 def training_step(network: nn.Module, images: Tensor) -> Step:
@@ -161,8 +185,19 @@ def arguments(description: str, output: str, rounds: int, names: Sequence[str]) 
 
 def describe(device: str, threads: int) -> dict[str, Any]:
     """Return what the numbers depend on beside the code."""
-    name = torch.cuda.get_device_name() if device != "cpu" else f"{threads} CPU threads ({platform.machine()})"
+    name = torch.cuda.get_device_name() if device != "cpu" else f"{threads} threads of {processor()}"
     return {"hardware": name, "torch": str(torch.__version__)}
+
+
+def processor() -> str:
+    """Return what this machine's processor is called, with those of its instructions on which times depend most."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    facts = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    flags = [flag for flag in FLAGS if flag in facts.get("flags", "").split()]
+    return f"{facts.get('model name', platform.machine())} ({', '.join(flags) or platform.machine()})"
 
 
 def write(record: Mapping[str, Any], path: Path) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from benchmarks import measure
 from operators import DecoupledConv2d, OperatorConfig
+from operators.functional import SLOW_ON_CPUS
 
 OPERATORS = {
     "linear_cosine": OperatorConfig("linear", "cosine"),
@@ -43,12 +44,19 @@ class Layer:
     size: int
     groups: int = 1
     compiled: bool = False
+    precision: str = "float32"
 
     @property
     def name(self) -> str:
         groups = f", {self.groups} groups" if self.groups > 1 else ""
+        groups = ", depthwise" if self.groups == self.in_channels else groups
         shape = f"{self.in_channels} to {self.out_channels}{groups}, {self.size}×{self.size}"
-        return f"{self.kernel}×{self.kernel}, {shape}"
+        return f"{self.kernel}×{self.kernel}, {shape}{'' if self.precision == 'float32' else ', ' + self.precision}"
+
+    @property
+    def is_fast(self) -> bool:
+        """Whether this machine has convolutions in this precision; without, torch's take ten times as long."""
+        return torch.cuda.is_available() or getattr(torch, self.precision) not in SLOW_ON_CPUS
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -83,10 +91,22 @@ LAYERS = (
     Layer(128, 128, 3, 28),
     Layer(256, 256, 3, 14, compiled=True),
     Layer(512, 512, 3, 7),
+    Layer(256, 256, 1, 28),
     Layer(64, 256, 1, 56, compiled=True),
     Layer(256, 64, 1, 56, compiled=True),
-    Layer(128, 128, 3, 28, groups=32),
-    Layer(128, 128, 3, 28, groups=128),
+    Layer(128, 128, 3, 28, groups=32, compiled=True),
+    Layer(128, 128, 3, 28, groups=128, compiled=True),
+    Layer(144, 144, 3, 56, groups=144),
+    *(
+        Layer(*shape, groups=groups, precision=precision)
+        for precision in ("bfloat16", "float16")
+        for shape, groups in (
+            ((64, 64, 3, 56), 1),
+            ((256, 256, 3, 14), 1),
+            ((256, 256, 1, 28), 1),
+            ((128, 128, 3, 28), 128),
+        )
+    ),
 )
 
 
@@ -105,11 +125,12 @@ class LiteralTanhCosine(nn.Conv2d):
 
 
 def measure_layer(
-    layer: Layer, training: bool, batch: int, rounds: int, device: torch.device, dtype: torch.dtype, compiled: bool
+    layer: Layer, training: bool, batch: int, rounds: int, device: torch.device, compiled: bool
 ) -> dict[str, Any]:
     """Return the numbers of one layer in inference or in a training step, all competitors eager or all compiled."""
     torch.manual_seed(0)
-    images = torch.randn(batch, layer.in_channels, layer.size, layer.size, device=device, dtype=dtype)
+    autocast = None if layer.precision == "float32" else getattr(torch, layer.precision)
+    images = torch.randn(batch, layer.in_channels, layer.size, layer.size, device=device, dtype=autocast)
     images = images.contiguous(memory_format=torch.channels_last).requires_grad_(training)
     networks: dict[str, nn.Module] = {measure.PLAIN: nn.Conv2d(**layer.arguments)}
     for name in COMPILED if compiled else OPERATORS:
@@ -118,9 +139,11 @@ def measure_layer(
         networks[LITERAL] = LiteralTanhCosine(**layer.arguments)
     if importlib.util.find_spec("bcos"):
         networks[BCOS] = bcos_twin(networks["linear_square_cosine"], layer)
-    numbers = measure.compete(networks, images, training=training, compiled=compiled, rounds=rounds)
+    settings = {"training": training, "compiled": compiled, "rounds": rounds}
+    numbers = measure.compete(networks, images, **settings, autocast=autocast)
     return {
         "layer": layer.name,
+        "precision": layer.precision,
         "training": training,
         "compiled": compiled,
         "gflop": layer.flops(batch, training) / 1e9,
@@ -152,15 +175,15 @@ def main() -> None:
     parsed = measure.arguments(__doc__, "operators.json", rounds=15, names=[layer.name for layer in LAYERS])
     warnings.filterwarnings("ignore", module="torch")
     device = torch.device(parsed.device)
-    batch, dtype = (8, torch.float32) if device.type == "cpu" else (64, torch.bfloat16)
+    batch = 8 if device.type == "cpu" else 64
     bandwidth = measure.bytes_per_second(device)
     rows = []
     for layer in LAYERS:
-        if not fnmatch.fnmatch(layer.name, parsed.only):
+        if not fnmatch.fnmatch(layer.name, parsed.only) or not layer.is_fast:
             continue
         for compiled in (False, True) if layer.compiled and parsed.compile else (False,):
             for training in (False, True):
-                row = measure_layer(layer, training, batch, parsed.rounds, device, dtype, compiled)
+                row = measure_layer(layer, training, batch, parsed.rounds, device, compiled)
                 plain_seconds = row["numbers"][measure.PLAIN]["ms"] / 1e3
                 row["estimate"] = 1 + row["extra_mb"] * 1e6 / bandwidth / plain_seconds
                 rows.append(row)
@@ -170,7 +193,6 @@ def main() -> None:
         **measure.describe(parsed.device, parsed.threads),
         "rounds": parsed.rounds,
         "batch": batch,
-        "dtype": str(dtype).removeprefix("torch."),
         "gb_per_second": bandwidth / 1e9,
     }
     measure.write({**record, "rows": rows}, parsed.output)

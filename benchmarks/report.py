@@ -24,29 +24,41 @@ TEXT = """# What decoupled networks cost
 Times are ratios to the plain convolution or network, unless marked ms, measured in the same run: the competitors took
 turns in a new order each round, and the median of the ratios of {rounds} rounds is shown.
 Half the distance between the quartiles of these ratios is {spread}. A training step is a forward and a backward pass.
-Machine: {hardware}; torch {torch}; {dtype}, channels_last. `make bench` measures all of it again and writes this page;
-`results/` holds the numbers with their quartiles. No GPU was at hand.
+Machine: {hardware}; torch {torch}; float32 unless marked, channels_last. `make bench` measures all of it again and
+writes this page; `results/` holds the numbers with their quartiles. No GPU was at hand. Where convolutions are faster
+than here, the same passes weigh more.
 
 ## Where the time goes
 
 A decoupled convolution reads its input once more, for the sums of squares; the norms themselves are maps, one number
-for each patch and group, small unless there are many groups: that of a depthwise convolution is as large as its input,
-and the convolution itself so cheap that this is the worst case. With the angular function `cosine` and one radius for
-the layer, magnitude and angle are one map, by which the output is multiplied in place (or a copy of the input, where
-the kernel is 1×1 and the input is smaller). Other angular functions and a radius for each channel cost a pass over the
-output with the function in it, and its derivative in training, and the inner products are kept for it. `linear_cosine`
-needs no norm at all. In a depthwise layer `tanh` is taken of as many numbers as there are outputs;
-`linear_square_cosine`, which has none, shows what that costs.
+for each patch and group. With the angular functions `cosine` and `square_cosine` and one radius for the layer,
+magnitude and angle are one map, by which the output is multiplied in place (or a copy of the input, where the kernel
+is 1×1 and the input is smaller). Other angular functions and a radius for each channel cost a pass over the output
+with the function in it, and its derivative in training, and the inner products are kept for it. So does a depthwise
+layer, whose map is as large as its input, and whose convolution is so cheap that this is the worst case.
+`linear_cosine` needs no norm at all.
+
+On Linux CPUs these passes are loops in C++, `operators/kernels.cpp`. The first eager layer of the first process
+compiles them, in some seconds, with the compiler that `CXX` names, or `c++` (GCC with OpenMP). They are kept in
+`~/.cache/decoupled-zoo` (`XDG_CACHE_HOME`), which may be deleted at any time; where nothing can be kept, each process
+compiles them. Where there is no compiler and nothing kept, on Windows and macOS, and with
+`DECOUPLED_ZOO_KERNELS=off`, torch's own operations compute the same, to rounding. A compiler that fails is told by a
+warning. A compiled graph has the loops of its compiler.
+
+Under autocast to bfloat16 or float16 the convolution is in that precision, and so is the result; sums of squares, norms
+and angles are in float32. Half precision that the processor does not have is convolved in float32, which is many times
+as fast as what torch does with the plain layer.
 
 A *learned radius* is one for the layer, a *radius by channel* one for each output channel, and *the authors' radius* is
 by channel and relative to the running mean of the norms.
 
 ## Single layers, eager
 
-Batches of {batch}. *Estimate* is what `tanh_cosine` would cost if its extra passes moved each byte once, at the
-{bandwidth:.0f} GB/s at which this machine copies a large tensor; tensors that fit its cache move faster. *Literal* is
-the formula written down with torch's operations, the norm by a convolution with a filter of ones, with automatic
-gradients; `BcosConv2d` is the B-cos package's layer, which computes what `linear_square_cosine` computes.
+Batches of {batch}; `bfloat16` is autocast to it. {extremes} *Estimate* is what `tanh_cosine` would cost if its extra
+passes moved each byte once, at the {bandwidth:.0f} GB/s at which this machine copies a large tensor; tensors that fit
+its cache move faster. *Literal* is the formula written down with torch's operations, the norm by a convolution with a
+filter of ones, with automatic gradients; `BcosConv2d` is the B-cos package's layer, which computes what
+`linear_square_cosine` computes.
 
 {eager_layers}
 
@@ -59,9 +71,8 @@ than eager mode makes it.
 
 ## The overhead beside BcosConv2d
 
-What a training step takes beyond that of the plain layer, as a share of it, for equal mathematics. In eager mode ours
-is mostly the smaller one. Compiled, BcosConv2d is ahead: its backward pass has two kernels over whole tensors beside
-the convolution's where ours has three. Shares of a few per cent are within the noise.
+What a training step takes beyond that of the plain layer, as a share of it, for equal mathematics. Shares of a few per
+cent are within the noise.
 
 {overhead}
 
@@ -69,9 +80,12 @@ the convolution's where ours has three. Shares of a few per cent are within the 
 
 {networks}
 
-Only `resnet18` is compiled on a CPU, since compiling takes minutes. *Folded* is the network after `operators.fold`:
-filters normalised once, BatchNorm inside the convolutions. The plain network has its BatchNorm still, which could be
-folded likewise.
+Every convolution is decoupled, but for *depthwise plain*. Only two networks are compiled on a CPU, since compiling
+takes minutes. *Folded* is the network after `operators.fold`: filters normalised once, BatchNorm inside the
+convolutions. The plain network has its BatchNorm still, which could be folded likewise.
+
+`operators.calibrate` takes as long as {passes:.1f} passes of the plain `{calibrated}` over its {calibration_images}
+images of {calibration_size}×{calibration_size}.
 
 ## Training
 
@@ -121,13 +135,17 @@ def page(layers: Mapping[str, Any], networks: Mapping[str, Any], pipeline: Mappi
         spread=_spread([*layers["rows"], *networks["rows"]]),
         hardware=layers["hardware"],
         torch=layers["torch"],
-        dtype=networks["dtype"],
         batch=layers["batch"],
+        extremes=extremes(layers["rows"]),
         bandwidth=layers["gb_per_second"],
         eager_layers=layer_table(layers["rows"], [*operators.OPERATORS, operators.LITERAL, operators.BCOS], False),
         compiled_layers=layer_table(layers["rows"], [*operators.COMPILED, operators.BCOS], True),
         overhead=overhead_table(layers["rows"]),
         networks=network_table(networks["rows"]),
+        passes=networks["calibration"]["ratio"],
+        calibrated=networks["calibration"]["network"],
+        calibration_images=networks["calibration"]["images"],
+        calibration_size=networks["calibration"]["size"],
         pipeline=pipeline_table(pipeline["rows"]),
         pipeline_setting=", ".join(
             [
@@ -163,6 +181,14 @@ def layer_table(rows: Sequence[Mapping[str, Any]], names: Sequence[str], compile
     )
 
 
+def extremes(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Say which eager layers cost least and most with tanh_cosine."""
+    eager = [row for row in rows if not row["compiled"]]
+    least, most = (choose(eager, key=lambda row: row["numbers"]["tanh_cosine"]["ratio"]) for choose in (min, max))
+    told = [f"{row['layer']} ({_step(row)}) {row['numbers']['tanh_cosine']['ratio']:.2f}" for row in (least, most)]
+    return f"With `tanh_cosine`, {told[0]} is the least of all, {told[1]} the most."
+
+
 def overhead_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Return the overhead of a training step beside that of BcosConv2d."""
     cells = []
@@ -176,7 +202,7 @@ def overhead_table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def network_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Return the ratios of networks."""
-    names = [*models.OPERATORS, models.FOLDED]
+    names = [*models.OPERATORS, models.PARTIAL, models.FOLDED]
     return markdown_table(
         ("network", "step", "", "plain, ms", *names),
         [

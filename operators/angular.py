@@ -7,7 +7,6 @@ function and one row of ``ANGULARS``.
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -64,17 +63,5 @@ ANGULARS: dict[str, Callable[..., Tensor]] = {
 }
 
 
-class Homogeneous(NamedTuple):
-    """Of an angular function with ``g(t c) = t^p g(c)`` for ``t > 0``: its degree ``p`` and its ratio ``g(c) / c``.
-
-    It needs no cosine: ``g(⟨ŵ, x⟩) = n^p g(cos θ)``. Its derivative is ``p`` times the ratio.
-    """
-
-    degree: int
-    ratio: Callable[[Tensor], Tensor]
-
-
-HOMOGENEOUS: dict[Callable[..., Tensor], Homogeneous] = {
-    cosine: Homogeneous(1, torch.ones_like),
-    square_cosine: Homogeneous(2, torch.abs),
-}
+# Of angular functions with g(c) = c |c|^(p - 1), the degree p: 1 or 2. They need no cosine: g(⟨ŵ, x⟩) = n^p g(cos θ).
+HOMOGENEOUS: dict[Callable[..., Tensor], int] = {cosine: 1, square_cosine: 2}

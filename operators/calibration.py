@@ -3,18 +3,22 @@
 import contextlib
 import copy
 import dataclasses
+import functools
 import math
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.hub import tqdm
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.hooks import RemovableHandle
 
 from operators.angular import cosine
 from operators.conv import DecoupledConv2d, decoupled_layers
 from operators.evaluation_mode import evaluating
+from operators.kernels import wide
 from operators.magnitude import RADIUS_FLOOR, Linear, Sphere
 
 Batches = Iterable[Tensor | tuple[Tensor, ...] | list[Tensor]]
@@ -24,6 +28,10 @@ QUANTILES = (0.5, 0.9, 0.99, 0.999)
 # A bounded layer with a larger share of its patches beyond the radius hardly tells their norms apart.
 SATURATED = 0.98
 LARGEST_FLOAT16 = torch.finfo(torch.float16).max
+# Of values that the largest tensor of calibration may have; in float32 that is 1 GiB.
+LARGEST_ACTIVATION = 1 << 28
+# Of norms among which a quantile is looked for; of more, so many are drawn at random.
+MOST_NORMS = 1 << 22
 
 # Ordinary convolutions and plain cosines, written as magnitudes.
 _PLAIN, _COSINE = Linear(weighting="linear"), Sphere()
@@ -51,15 +59,22 @@ class CalibratedLayer:
 
 @dataclasses.dataclass(frozen=True)
 class CalibrationReport:
-    """One :class:`CalibratedLayer` for every decoupled convolution, in the network's order."""
+    """One :class:`CalibratedLayer` for every decoupled convolution, in the network's order.
+
+    Attributes:
+        images: how many went through the network.
+        given: how many there were.
+    """
 
     images: int
     quantile: float
     layers: tuple[CalibratedLayer, ...]
+    given: int
 
     def __str__(self) -> str:
         calibrated = sum(not layer.reason for layer in self.layers)
-        lines = [f"{calibrated} convolutions calibrated on {self.images} images, quantile {self.quantile:g}"]
+        images = f"{self.images} images" if self.images == self.given else f"{self.images} of {self.given} images"
+        lines = [f"{calibrated} convolutions calibrated on {images}, quantile {self.quantile:g}"]
         width = max(len(layer.name) for layer in self.layers)
         for layer in self.layers:
             outcome = layer.reason or ("" if layer.beyond is None else f"{layer.beyond:.2%} beyond the radius")
@@ -138,7 +153,9 @@ class DiagnosisReport:
 
 
 @torch.no_grad()
-def calibrate(model: nn.Module, batches: Batches, quantile: float = 0.99) -> tuple[nn.Module, CalibrationReport]:
+def calibrate(
+    model: nn.Module, batches: Batches, quantile: float = 0.99, *, progress: bool | None = None
+) -> tuple[nn.Module, CalibrationReport]:
     """Fit each decoupled convolution to the norms of its patches, in place, and return ``model`` and the report.
 
     From the first layer to the last, so that each sees what the calibrated ones before it answer:
@@ -152,13 +169,17 @@ def calibrate(model: nn.Module, batches: Batches, quantile: float = 0.99) -> tup
 
     It is meant for a network that was trained with ordinary convolutions and has just been converted, with the
     weighting ``"linear"``: with another, filters lose their norms, which no factor of a whole layer brings back. To try
-    another quantile, calibrate another copy: BatchNorm's statistics do not go back. All batches go through the network
-    at once; a few hundred images are enough. A layer that is used several times is fitted to its first inputs.
+    another quantile, calibrate another copy: BatchNorm's statistics do not go back. A layer that is used several times
+    is fitted to its first inputs.
+
+    All images go through the network together, twice; a few hundred are enough. Of more than memory should hold, those
+    whose largest activation has 2^28 values are drawn at random, with a fixed seed, and the report says so.
 
     Args:
         batches: images as ``model`` takes them, (N, C, H, W), or tuples that begin with them, as loaders of images and
             labels give. They are put on the model's device.
         quantile: of the norms, in (0, 1]. The larger, the more nearly linear the operators of bounded magnitude are.
+        progress: whether a bar shows which layer it has come to; on a terminal, if not given.
 
     Raises:
         ValueError: no decoupled convolution or none that is used, no image, a quantile outside (0, 1], or norms that
@@ -167,35 +188,21 @@ def calibrate(model: nn.Module, batches: Batches, quantile: float = 0.99) -> tup
     if not 0 < quantile <= 1:
         raise ValueError(f"quantile is a share in (0, 1] of the patches, got {quantile}")
     names = _decoupled(model, "calibrate")
-    images = torch.cat([_images_of(batch, model) for batch in _nonempty(batches, "calibrate")])
     norms = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
-    plain: dict[_BatchNorm, _Moments] = {}
-    fitted: dict[DecoupledConv2d, CalibratedLayer] = {}
-
-    def observe(norm: _BatchNorm, input: Tensor) -> None:
-        plain.setdefault(norm, _Moments.of(input))
-
-    def fit(layer: DecoupledConv2d, input: Tensor) -> None:
-        if layer not in fitted:
-            beyond = _fit(layer, names[layer], input, quantile)
-            fitted[layer] = CalibratedLayer(names[layer], str(layer.operator), beyond)
-
-    def move(norm: _BatchNorm, input: Tensor) -> None:
-        # Once, also where a norm is used several times.
-        if before := plain.pop(norm, None):
-            now = _Moments.of(input)
-            norm.running_mean += now.mean - before.mean
-            norm.running_var *= (now.variance + norm.eps) / (before.variance + norm.eps)
-
-    with _restoring_on_error(model), evaluating(model):
-        with _answering_as_ordinary(names), _before_each(norms, observe):
+    shown = sys.stderr.isatty() if progress is None else progress
+    bar = tqdm(total=2 * len(names), desc="calibrate", unit="layer", disable=not shown)
+    # The bar that torch has in place of tqdm knows no step of 1 by itself.
+    fit = _Fit(names, quantile, functools.partial(bar.update, 1))
+    with _restoring_on_error(model), evaluating(model), contextlib.closing(bar):
+        images, given = _drawn(_nonempty(batches, "calibrate"), model, [*names, *norms])
+        with _answering(names, fit.answer_as_ordinary), _before_each(norms, fit.observe):
             model(images)
-        with _before_each(names, fit), _before_each(norms, move):
+        with _answering(names, fit.calibrate), _before_each(norms, fit.move):
             model(images)
-        if not fitted:
+        if not fit.layers:
             raise ValueError(f"{type(model).__name__} does not use its decoupled convolutions in evaluation mode")
     unused = {layer: CalibratedLayer(name, str(layer.operator), reason="not used") for layer, name in names.items()}
-    return model, CalibrationReport(len(images), quantile, tuple({**unused, **fitted}.values()))
+    return model, CalibrationReport(len(images), quantile, tuple({**unused, **fit.layers}.values()), given)
 
 
 @torch.no_grad()
@@ -225,40 +232,122 @@ def diagnose(model: nn.Module, batches: Batches) -> DiagnosisReport:
 
 @dataclasses.dataclass(frozen=True)
 class _Moments:
-    """The mean and variance of each channel of a BatchNorm's input."""
+    """The mean of each channel of a BatchNorm's input, and ``1 / sqrt(variance + eps)``."""
 
     mean: Tensor
-    variance: Tensor
+    scale: Tensor
 
     @classmethod
-    def of(cls, input: Tensor) -> "_Moments":
-        values = input.transpose(0, 1).flatten(1)
-        return cls(values.mean(1), values.var(1, correction=0))
+    def of(cls, norm: _BatchNorm, input: Tensor) -> "_Moments":
+        # Many times as fast as var_mean, for all that it normalises the input, too.
+        _, mean, scale = torch.native_batch_norm(input, None, None, None, None, True, 0.0, norm.eps)
+        return cls(mean, scale)
 
 
-def _fit(layer: DecoupledConv2d, name: str, input: Tensor, quantile: float) -> float | None:
-    """Calibrate a layer and return the share of patches beyond its radius."""
-    n = layer.patch_norm(input)
-    if not n.isfinite().all():
-        raise ValueError(f"the inputs of {name or 'the model'} are not finite, so it cannot be calibrated on them")
-    magnitude = layer.magnitude
-    if magnitude.uses_radius:
-        radius = _quantile(n, quantile)
-        if magnitude.running_norm is not None:
-            magnitude.running_norm.restart(n.mean())
-            radius = math.sqrt(max(radius / n.mean().item() - RADIUS_FLOOR, RADIUS_FLOOR))
-        _set(layer, radius=radius)
+def _drawn(batches: Iterable[Any], model: nn.Module, modules: Sequence[nn.Module]) -> tuple[Tensor, int]:
+    """Return as many of the images as memory should hold, drawn at random, and how many there were."""
+    generator = torch.Generator().manual_seed(0)
+    drawn: list[Tensor] = []
+    given, most = 0, 0
+    for batch in batches:
+        for image in _images_of(batch, model):
+            if not given:
+                most = max(1, LARGEST_ACTIVATION // _largest_input(model, image[None], modules))
+            given += 1
+            place = len(drawn) if given <= most else int(torch.randint(given, (), generator=generator))
+            if place < most:
+                # Alone, for a part of a batch keeps the whole in memory.
+                drawn[place : place + 1] = [image.clone()]
+    if not drawn:
+        raise ValueError("calibrate needs at least one image, got empty batches")
+    return torch.stack(drawn), given
+
+
+def _largest_input(model: nn.Module, image: Tensor, modules: Sequence[nn.Module]) -> int:
+    """Return how many values the largest input has that one of the modules gets for this image."""
+    largest = image.numel()
+
+    def look(module: nn.Module, input: Tensor) -> None:
+        nonlocal largest
+        largest = max(largest, input.numel())
+
+    with _before_each(modules, look):
+        model(image)
+    return largest
+
+
+class _Fit:
+    """What is done at each layer and norm, first in the ordinary network, then in the one that is being calibrated.
+
+    Args:
+        names: of the layers.
+        step: is called whenever a layer answers.
+    """
+
+    def __init__(self, names: dict[DecoupledConv2d, str], quantile: float, step: Callable[[], object]) -> None:
+        self.names, self.quantile, self.step = names, quantile, step
+        self.layers: dict[DecoupledConv2d, CalibratedLayer] = {}
+        self.ordinary: dict[_BatchNorm, _Moments] = {}
+
+    def answer_as_ordinary(self, layer: DecoupledConv2d, input: Tensor) -> Tensor:
+        self.step()
+        return layer.respond(input, _PLAIN, cosine, layer.bias)
+
+    def observe(self, norm: _BatchNorm, input: Tensor) -> None:
+        self.ordinary.setdefault(norm, _Moments.of(norm, input))
+
+    def move(self, norm: _BatchNorm, input: Tensor) -> None:
+        # Once, also where a norm is used several times.
+        if before := self.ordinary.pop(norm, None):
+            now = _Moments.of(norm, input)
+            norm.running_mean += now.mean - before.mean
+            norm.running_var *= (before.scale / now.scale) ** 2
+
+    def calibrate(self, layer: DecoupledConv2d, input: Tensor) -> Tensor:
+        """Calibrate a layer when it is first used, and return its answer."""
+        self.step()
+        if layer in self.layers:
+            return layer.respond(input, layer.magnitude, layer.angular, layer.bias)
+        n = layer.patch_norm(input)
+        if not n.isfinite().all():
+            what = self.names[layer] or "the model"
+            raise ValueError(f"the inputs of {what} are not finite, so it cannot be calibrated on them")
+        if layer.magnitude.uses_radius:
+            _fit_radius(layer, n, self.quantile)
+        answer = layer.respond(input, layer.magnitude, layer.angular)
+        factor = _fit_scale(layer, input, answer)
+        beyond = _share_beyond(layer, n)
+        self.layers[layer] = CalibratedLayer(self.names[layer], str(layer.operator), beyond)
+        # Every answer is proportional to alpha and beta.
+        answer *= factor
+        return answer if layer.bias is None else answer.add_(layer.bias[:, None, None])
+
+
+def _fit_radius(layer: DecoupledConv2d, n: Tensor, quantile: float) -> None:
+    """Make the radius of a layer that quantile of the norms ``n``."""
+    radius, running_norm = _quantile(n, quantile), layer.magnitude.running_norm
+    if running_norm is not None:
+        running_norm.restart(n.mean())
+        radius = math.sqrt(max(radius / n.mean().item() - RADIUS_FLOOR, RADIUS_FLOOR))
+    _set(layer, radius=radius)
+
+
+def _fit_scale(layer: DecoupledConv2d, input: Tensor, answer: Tensor) -> float:
+    """Multiply a layer's alpha and beta by what brings its answers nearest to an ordinary one's."""
     energy = agreement = 0.0
-    # A few images at a time, for answers of all of them in double precision can be large.
-    for part in input.split(8):
-        answer = layer.respond(part, magnitude, layer.angular).double()
-        energy += answer.square().sum().item()
-        agreement += (answer * layer.respond(part, _PLAIN, cosine)).sum().item()
+    # A few images at a time, for the ordinary answers of all of them can be large.
+    for part, images in zip(answer.split(8), input.split(8), strict=True):
+        energy += _inner_product(part, part)
+        agreement += _inner_product(part, layer.respond(images, _PLAIN, cosine))
     # Without an answer, as to black images, any factor is as good.
     factor = agreement / energy if energy else 1.0
-    for setting in ("alpha", "beta") if magnitude.uses_beta else ("alpha",):
+    for setting in ("alpha", "beta") if layer.magnitude.uses_beta else ("alpha",):
         _set(layer, **{setting: getattr(layer.operator, setting) * factor})
-    return _share_beyond(layer, n)
+    return factor
+
+
+def _inner_product(left: Tensor, right: Tensor) -> float:
+    return (left.to(wide(left.dtype)) * right).sum().item()
 
 
 def _set(layer: DecoupledConv2d, **settings: float) -> None:
@@ -320,12 +409,16 @@ def _share_beyond(layer: DecoupledConv2d, n: Tensor) -> float | None:
     radius = layer.magnitude.effective_radius(n)
     if isinstance(radius, Tensor) and radius.dim():
         n, radius = n.unsqueeze(2), radius.view(layer.groups, -1, 1, 1)
-    return (n > radius).double().mean().item()
+    beyond = n > radius
+    return beyond.count_nonzero().item() / beyond.numel()
 
 
 def _quantile(values: Tensor, quantile: float) -> float:
-    # torch.quantile takes 16 million values at most.
+    # torch.quantile takes 16 million values at most, and to find a value among more of them takes seconds.
     values = values.flatten()
+    if len(values) > MOST_NORMS:
+        chosen = torch.randint(len(values), (MOST_NORMS,), generator=torch.Generator().manual_seed(0))
+        values = values[chosen.to(values.device)]
     return values.kthvalue(max(1, math.ceil(quantile * len(values)))).values.item()
 
 
@@ -373,14 +466,20 @@ def _restoring_on_error(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _answering_as_ordinary(layers: Iterable[DecoupledConv2d]) -> Iterator[None]:
-    """Let decoupled convolutions answer what ordinary ones with the same filters would."""
-
-    def respond(layer: DecoupledConv2d, inputs: tuple[Tensor], answer: Tensor) -> Tensor:
-        return layer.respond(inputs[0], _PLAIN, cosine, layer.bias)
-
-    with _removing([layer.register_forward_hook(respond) for layer in layers]):
+def _answering(
+    layers: Iterable[DecoupledConv2d], function: Callable[[DecoupledConv2d, Tensor], Tensor]
+) -> Iterator[None]:
+    """Let decoupled convolutions answer what ``function`` gives for each and its input."""
+    own = {layer: vars(layer).get("forward") for layer in layers}
+    for layer in own:
+        layer.forward = functools.partial(function, layer)
+    try:
         yield
+    finally:
+        for layer, forward in own.items():
+            del layer.forward
+            if forward is not None:
+                layer.forward = forward
 
 
 @contextlib.contextmanager

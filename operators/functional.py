@@ -4,28 +4,39 @@ Notation: ``x`` is an input patch under the filter (its padding included), ``w``
 ``n = ‖x‖ = sqrt(Σ x² + eps)``, ``‖w‖ = sqrt(Σ w² + eps)``, ``ŵ = w / ‖w‖``, ``c = cos θ = ⟨ŵ, x⟩ / n``.
 """
 
-import math
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from operators.angular import HOMOGENEOUS, cosine
+from operators import kernels
+from operators.angular import ANGULARS, HOMOGENEOUS, cosine
 from operators.fused import (
     AUTOCAST_DEVICES,
-    Multiplier,
+    by_channel,
     convolve,
-    group,
+    gain,
     no_autocast,
     respond,
-    respond_homogeneously,
     sum_of_squares,
-    ungroup,
 )
-from operators.magnitude import Magnitude, unweighted
+from operators.kernels import Operator, Windows, wide
+from operators.magnitude import MAGNITUDES, Magnitude, unweighted
+from operators.passes import Multiplier
 
 Angular = Callable[[Tensor], Tensor]
+
+# Where the compiled loops have the registered classes and functions in their lists.
+_MAGNITUDES = {kind: kernels.MAGNITUDES.index(name) for name, kind in MAGNITUDES.items() if name in kernels.MAGNITUDES}
+_ANGULARS = {function: kernels.ANGULARS.index(name) for name, function in ANGULARS.items() if name in kernels.ANGULARS}
+
+# Half precision that this processor's convolutions do not have, and compute ten times as slowly as float32.
+SLOW_ON_CPUS = frozenset(
+    dtype
+    for dtype, name in ((torch.bfloat16, "bf16"), (torch.float16, "fp16"))
+    if not (torch.backends.mkldnn.is_available() and getattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported")())
+)
 Pair = int | tuple[int, int]
 
 
@@ -59,14 +70,16 @@ def decoupled_conv2d(
         ``input`` (N, C, H, W) or (C, H, W), ``weight`` (K, C / groups, kh, kw), ``bias`` (K,); returns (N, K, H', W')
         or (K, H', W') with the H', W' of the plain convolution. With groups, each group of channels has its own ``n``.
 
-    Precision: norms, angles and the filters' normalisation are computed in float32 (float64 for float64 inputs). The
-    convolution itself follows autocast or a bfloat16 input to bfloat16 if ``angular`` is ``cosine``; float16, whose
-    range ends at 65,504, is computed in float32 throughout, and under float16 autocast the result stays float32.
+    Precision: the convolution and the result are in the input's precision, or autocast's; sums of squares, norms,
+        angles and what is computed of them are in float32 (float64 for float64 inputs). Rounded to half precision are
+        the filters, the inner product and the result, and of a 1×1 convolution to more channels the scaled input.
+        ``⟨ŵ, x⟩`` is at most ``‖x‖``, so float16, which ends at 65,504, overflows where the plain convolution does.
+        Half precision in which a CPU has no fast convolutions is convolved in float32.
 
     Raises:
         TypeError: an input that is not floating point.
-        ValueError: channels that do not fit, negative padding, ``padding="same"`` with a stride, a kernel larger than
-            the padded input.
+        ValueError: channels, a bias or a radius that do not fit, negative padding, ``padding="same"`` with a stride, a
+            kernel larger than the padded input.
 
     Source: ``f_d(w, x) = h(‖w‖, ‖x‖) · g(θ)``, Liu et al., Decoupled Networks, CVPR 2018, section 3.
     """
@@ -88,27 +101,22 @@ def decoupled_conv2d(
 
 
 def filter_multiplier(magnitude: Magnitude, angular: Angular, eps: float) -> Multiplier:
-    """Return the function of ``Σ w²`` by which a filter is multiplied before the convolution.
+    """Return what a filter is multiplied by before the convolution.
 
     It is ``1 / ‖w‖``, and with the angular function ``cosine`` times all else that is the same for every patch:
     ``weighting(‖w‖)``, and ``h(n) / n`` where that does not depend on ``n``.
     """
-
-    def multiplier(squares: Tensor) -> Tensor:
-        w_norm = (squares + eps).sqrt()
-        if angular is not cosine:
-            return w_norm.reciprocal()
-        constant = magnitude.constant_gain
-        return magnitude.weighting(w_norm) * (1 if constant is None else constant) / w_norm
-
-    return multiplier
+    if angular is not cosine:
+        return Multiplier(unweighted, 1.0, eps)
+    constant = magnitude.constant_gain
+    return Multiplier(magnitude.weighting, 1.0 if constant is None else constant, eps)
 
 
 def filter_factor(weight: Tensor, magnitude: Magnitude, angular: Angular, eps: float) -> Tensor | None:
     """Return the factor ``weighting(‖w‖)`` of the answer, (K, 1, 1), if it is neither 1 nor in the multiplier."""
     if angular is cosine or magnitude.weighting is unweighted:
         return None
-    return magnitude.weighting(filter_norm(_at_least_float32(weight), eps=eps)).squeeze(-1)
+    return magnitude.weighting(filter_norm(weight.to(wide(weight.dtype)), eps=eps)).squeeze(-1)
 
 
 def respond_to_patches(
@@ -132,34 +140,36 @@ def respond_to_patches(
     Without a multiplier, the filters in ``weight`` are multiplied already.
     """
     _check_input(input, weight, groups)
+    _check_constants(len(weight), bias, magnitude.radius)
     images = input if input.dim() == 4 else input[None]
     kernel_size, stride, dilation = tuple(weight.shape[-2:]), _pair(stride), _pair(dilation)
-    dot_dtype, result_dtype = _precisions(input, angular)
+    dot_dtype, result_dtype = _precisions(input)
     with no_autocast(input.device.type):
         images, margin = pad(images, kernel_size, stride, padding, dilation, padding_mode)
         if kernel_size == (1, 1) and stride != (1, 1) and margin == (0, 0):
             images, stride = subsample(images, stride), (1, 1)
-        weight = _at_least_float32(weight)
-        bias = None if bias is None else bias.to(dot_dtype)
+        weight = weight.to(wide(weight.dtype))
         geometry = stride, margin, dilation, groups
         if angular is cosine and magnitude.constant_gain is not None:
             answer = convolve(images.to(dot_dtype), weight, multiplier, None, bias, *geometry)
         else:
-            images, n = _patch_norm(images, kernel_size, *geometry, eps)
-            images = images.to(dot_dtype)
+            images, total = sum_of_squares(images, groups, Windows(kernel_size, stride, margin, dilation))
+            operator = _known_operator(magnitude, angular, eps)
+            # Only a relative radius looks at the norms.
+            n = (total + eps).sqrt() if operator is None or magnitude.running_norm is not None else None
             radius = magnitude.effective_radius(n)
-            by_channel = factor is not None or (isinstance(radius, Tensor) and radius.dim() > 0)
-            if angular is cosine and not by_channel:
-                answer = convolve(images, weight, multiplier, magnitude.gain(n, radius), bias, *geometry)
+            degree = HOMOGENEOUS.get(angular)
+            images = images.to(dot_dtype)
+            # A map for each channel is best computed together with the answer.
+            if degree and len(weight) > groups and factor is None and not by_channel(radius):
+                h = gain(_gain_of(magnitude, degree, eps), operator, degree, total, radius)
+                answer = convolve(images, weight, multiplier, h, bias, *geometry, degree)
             else:
-                dot = group(convolve(images, weight, multiplier, None, None, *geometry), groups)
-                bias = None if bias is None else group(bias[:, None, None], groups, 0)
-                if angular in HOMOGENEOUS and not by_channel:
-                    h = _homogeneous_gain(magnitude.gain(n, radius), n, angular)
-                    answer = respond_homogeneously(dot, h, bias, *HOMOGENEOUS[angular])
-                else:
-                    answer = _respond_in_general(dot, n, radius, factor, bias, magnitude, angular, result_dtype)
-                answer = ungroup(answer, groups)
+                dot = convolve(images, weight, multiplier, None, None, *geometry)
+                bias = None if bias is None else bias[:, None, None]
+                answer = respond(
+                    _response_of(magnitude, angular, eps), operator, dot, total, radius, factor, bias, groups
+                )
         answer = answer.to(result_dtype)
     return answer if input.dim() == 4 else answer.squeeze(0)
 
@@ -181,13 +191,16 @@ def patch_norm(
         ``input`` (N, C, H, W) or (C, H, W); returns (N, groups, H', W') or (groups, H', W').
 
     Raises:
-        ValueError: negative padding, ``padding="same"`` with a stride, a kernel larger than the padded input.
+        ValueError: groups that do not divide the channels, negative padding, ``padding="same"`` with a stride, a kernel
+            larger than the padded input.
     """
     kernel_size, stride, dilation = _pair(kernel_size), _pair(stride), _pair(dilation)
     images = input if input.dim() == 4 else input[None]
+    if images.shape[1] % groups:
+        raise ValueError(f"{images.shape[1]} channels do not make {groups} groups; choose a divisor of the channels")
     images, margin = pad(images, kernel_size, stride, padding, dilation, padding_mode)
-    _, n = _patch_norm(images, kernel_size, stride, margin, dilation, groups, eps)
-    n = n if groups == 1 else n.squeeze(2)
+    _, total = sum_of_squares(images, groups, Windows(kernel_size, stride, margin, dilation))
+    n = (total + eps).sqrt()
     return n if input.dim() == 4 else n.squeeze(0)
 
 
@@ -251,79 +264,48 @@ def subsample(images: Tensor, stride: tuple[int, int]) -> Tensor:
     return images[..., ::rows, ::columns].clone()
 
 
-def _patch_norm(
-    images: Tensor,
-    kernel_size: tuple[int, int],
-    stride: tuple[int, int],
-    margin: tuple[int, int],
-    dilation: tuple[int, int],
-    groups: int,
-    eps: float,
-) -> tuple[Tensor, Tensor]:
-    """Return ``images``, for whatever else needs them, and ``n``: (N, 1, H', W') or (N, groups, 1, H', W')."""
-    grouped, total = sum_of_squares(group(images, groups))
-    # Groups take the place of channels, so that their maps keep a memory format of channels last.
-    total = total if groups == 1 else total.squeeze(2)
-    if any(margin):
-        total = F.pad(total, [margin[1], margin[1], margin[0], margin[0]])
-    if dilation != (1, 1):
-        for dim in (-2, -1):
-            total = _window_sum(total, dim, kernel_size[dim], stride[dim], dilation[dim])
-    elif kernel_size != (1, 1) or stride != (1, 1):
-        # One pass over the map, where sums of shifted maps take several.
-        total = F.avg_pool2d(total, kernel_size, stride) * math.prod(kernel_size)
-    total = total if groups == 1 else total.unsqueeze(2)
-    return ungroup(grouped, groups), (total + eps).sqrt()
+def _gain_of(magnitude: Magnitude, degree: int, eps: float) -> Callable[..., Tensor]:
+    """Return ``h(n) / n^degree`` as a function of ``Σ x²`` and the radius."""
+
+    def function(total: Tensor, radius: Tensor | float) -> Tensor:
+        n = (total + eps).sqrt()
+        gain = magnitude.gain(n, radius)
+        return gain if degree == 1 else gain / n
+
+    return function
 
 
-def _window_sum(values: Tensor, dim: int, size: int, stride: int, dilation: int) -> Tensor:
-    """Sum ``size`` values, ``dilation`` apart, at every ``stride``-th place along ``dim``."""
-    count = (values.shape[dim] - (size - 1) * dilation - 1) // stride + 1
-    length = (count - 1) * stride + 1
-    every = (..., slice(None, None, stride), *[slice(None)] * (-dim - 1))
-    total = values.narrow(dim, 0, length)[every]
-    for place in range(1, size):
-        total = total + values.narrow(dim, place * dilation, length)[every]
-    return total
+def _response_of(magnitude: Magnitude, angular: Angular, eps: float) -> Callable[..., Tensor]:
+    """Return ``factor · h(n) · g(θ) + bias`` as a function of ``⟨ŵ, x⟩``, ``Σ x²``, radius, factor and bias."""
 
-
-def _respond_in_general(
-    dot: Tensor,
-    n: Tensor,
-    radius: Tensor | float,
-    factor: Tensor | None,
-    bias: Tensor | None,
-    magnitude: Magnitude,
-    angular: Angular,
-    dtype: torch.dtype,
-) -> Tensor:
-    """Return the answer to ``dot = ⟨ŵ, x⟩``, which may be grouped, whatever the operator."""
-    groups = 1 if dot.dim() == 4 else dot.shape[1]
-    learned = isinstance(radius, Tensor)
-    if learned and radius.dim() > 0:
-        radius = group(radius, groups, 0)
-    factor = None if factor is None else group(factor, groups, 0)
-
-    def response(
-        dot: Tensor, n: Tensor, learned_radius: Tensor | None, factor: Tensor | None, bias: Tensor | None
+    def function(
+        dot: Tensor, total: Tensor, radius: Tensor | float, factor: Tensor | None, bias: Tensor | None
     ) -> Tensor:
-        gain = magnitude.gain(n, learned_radius if learned else radius)
-        if angular in HOMOGENEOUS:
-            values, h = angular(dot), _homogeneous_gain(gain, n, angular)
+        n = (total + eps).sqrt()
+        gain = magnitude.gain(n, radius)
+        degree = HOMOGENEOUS.get(angular)
+        if degree:
+            values, h = angular(dot), gain if degree == 1 else gain / n
         else:
             values, h = angular(dot / n), gain * n
         # In this order the product has the memory format of the convolution.
         answer = values * (h if factor is None else factor * h)
         return answer if bias is None else answer + bias
 
-    return respond(response, dtype, dot, n, radius if learned else None, factor, bias)
+    return function
 
 
-def _homogeneous_gain(gain: Tensor | float, n: Tensor, angular: Angular) -> Tensor | float:
-    """Return ``h(n) / n^p`` for the degree ``p`` of the angular function and ``gain = h(n) / n``."""
-    for _ in range(HOMOGENEOUS[angular].degree - 1):
-        gain = gain / n
-    return gain
+def _known_operator(magnitude: Magnitude, angular: Angular, eps: float) -> Operator | None:
+    """Return the operator as the compiled loops know it; None for mathematics of one's own."""
+    magnitude_place = _MAGNITUDES.get(type(magnitude))
+    angular_place = _ANGULARS.get(getattr(angular, "func", angular))
+    alpha, beta, settings = magnitude.alpha, magnitude.beta, getattr(angular, "keywords", {})
+    setting = next(iter(settings.values()), 0.0)
+    # What is learned there has its gradient from torch.
+    learned = isinstance(alpha, Tensor) or isinstance(beta, Tensor) or isinstance(setting, Tensor)
+    if magnitude_place is None or angular_place is None or learned:
+        return None
+    return Operator(magnitude_place, angular_place, alpha, beta, setting, eps)
 
 
 def _check_input(input: Tensor, weight: Tensor, groups: int) -> None:
@@ -339,19 +321,21 @@ def _check_input(input: Tensor, weight: Tensor, groups: int) -> None:
         )
 
 
-def _precisions(input: Tensor, angular: Angular) -> tuple[torch.dtype, torch.dtype]:
+def _check_constants(channels: int, bias: Tensor | None, radius: Tensor | float) -> None:
+    if bias is not None and bias.shape != (channels,):
+        raise ValueError(f"bias must be one number for each of {channels} filters, got shape {tuple(bias.shape)}")
+    if isinstance(radius, Tensor) and radius.numel() not in (1, channels):
+        raise ValueError(f"a radius is one, or one for each of {channels} filters, got shape {tuple(radius.shape)}")
+
+
+def _precisions(input: Tensor) -> tuple[torch.dtype, torch.dtype]:
     """Return the dtypes of the inner product and of the result."""
     device = input.device.type
     if input.dtype == torch.float64:
         return torch.float64, torch.float64
     autocast = device in AUTOCAST_DEVICES and torch.is_autocast_enabled(device)
     requested = torch.get_autocast_dtype(device) if autocast else input.dtype
-    dot = torch.bfloat16 if requested == torch.bfloat16 and angular is cosine else torch.float32
-    return dot, torch.float32 if autocast and requested == torch.float16 else requested
-
-
-def _at_least_float32(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+    return torch.float32 if device == "cpu" and requested in SLOW_ON_CPUS else requested, requested
 
 
 def _pair(value: Pair) -> tuple[int, int]:

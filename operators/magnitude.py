@@ -108,10 +108,10 @@ class Magnitude(nn.Module):
         """
         raise NotImplementedError
 
-    def effective_radius(self, n: Tensor) -> Tensor | float:
+    def effective_radius(self, n: Tensor | None) -> Tensor | float:
         """Return the radius ``ρ`` for all the patches of a layer, whose norms are ``n``; a scalar or (channels, 1, 1).
 
-        In training it moves the running norm, if there is one.
+        Only a relative radius needs the norms. In training it moves the running norm, if there is one.
         """
         if self.running_norm is not None:
             return (self.radius**2 + RADIUS_FLOOR) * self.running_norm(n)

@@ -15,6 +15,7 @@ from operators import (
     DecoupledConv2d,
     OperatorConfig,
     calibrate,
+    calibration,
     convert_decoupled,
     diagnose,
 )
@@ -282,3 +283,31 @@ def test_calibration_works_on_layers_of_other_precisions():
     calibrate(model, [images().double()])
     assert isinstance(model[0], DecoupledConv2d) and model[0].magnitude.radius > 1
     assert OperatorConfig.parse(model[0].operator.to_dict()) == model[0].operator
+
+
+def test_of_more_images_than_memory_should_hold_a_part_is_drawn(monkeypatch):
+    """The largest input of a layer has 9 · 9 · 4 values for each image; 30 of these are allowed."""
+    monkeypatch.setattr(calibration, "LARGEST_ACTIVATION", 30 * 9 * 9 * 4)
+    batches = [images(40)[:7], images(40)[7:]]
+    model, report = calibrate(converted("tanh_cosine"), batches)
+    assert (report.images, report.given) == (30, 40) and "on 30 of 40 images" in str(report)
+    again, _ = calibrate(converted("tanh_cosine"), batches)
+    torch.testing.assert_close(again.state_dict(), model.state_dict(), rtol=0, atol=0)
+    whole, _ = calibrate(converted("tanh_cosine"), [images(40)[:30]])
+    radii = [network[0].operator.radius for network in (model, whole)]
+    assert radii[0] != radii[1] and radii[0] == pytest.approx(radii[1], rel=0.2)
+
+
+@pytest.mark.parametrize("progress", [True, False])
+def test_a_bar_shows_how_far_calibration_has_come(progress, capsys):
+    calibrate(converted("tanh_cosine"), [images()], progress=progress)
+    told = capsys.readouterr().err
+    assert ("calibrate" in told and "4/4" in told) if progress else not told
+
+
+def test_calibration_takes_two_passes_and_leaves_the_layers_own_forward():
+    model, passes = converted("tanh_cosine"), []
+    model[-1].register_forward_hook(lambda *_: passes.append(1))
+    calibrate(model, [images()])
+    # One image more, to know how large its activations are.
+    assert len(passes) == 3 and "forward" not in vars(model[0])

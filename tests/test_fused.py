@@ -6,7 +6,7 @@ from torch import nn
 from torch.autograd import gradcheck
 from torch.utils.checkpoint import checkpoint
 
-from operators import DecoupledConv2d, OperatorConfig, decoupled_conv2d, fused
+from operators import DecoupledConv2d, OperatorConfig, decoupled_conv2d, fused, kernels, passes
 from operators.angular import cosine
 from operators.magnitude import Magnitude
 
@@ -27,7 +27,15 @@ GEOMETRIES = {
     "1×1, more channels": {"kernel_size": 1, "out_channels": 6},
     "1×1, fewer channels": {"kernel_size": 1, "out_channels": 2},
 }
+needs_a_compiler = pytest.mark.skipif(not kernels.covers(torch.ones(1, 1, 1, 1)), reason="no C++ compiler")
 every_way = pytest.mark.parametrize("way", WAYS)
+
+
+@pytest.fixture(autouse=True, params=[pytest.param("loops", marks=needs_a_compiler), "torch"])
+def passes_by(request, monkeypatch):
+    """The compiled loops, and torch's own operations in their place."""
+    if request.param == "torch":
+        monkeypatch.setattr(kernels, "_library", lambda: None)
 
 
 def make_layer(way, *, kernel_size=3, out_channels=6, **arguments):
@@ -54,6 +62,7 @@ def answer_and_gradients(network, images):
     return {"answer": answer.detach(), "images": images.grad, **gradients}
 
 
+@pytest.mark.parametrize("passes_by", ["torch"], indirect=True)
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize("geometry", GEOMETRIES)
 @pytest.mark.parametrize("band", [1, 24, 100])
@@ -63,16 +72,16 @@ def test_bands_change_nothing(way, geometry, band, memory_format, monkeypatch):
     layer = make_layer(way, **GEOMETRIES[geometry]).to(memory_format=memory_format).train()
     images = make_images(memory_format=memory_format)
     with monkeypatch.context() as patch:
-        patch.setattr(fused, "_eager", lambda: False)
+        patch.setattr(fused, "eager", lambda: False)
         expected = answer_and_gradients(layer, images)
-    monkeypatch.setattr(fused, "BAND", band)
+    monkeypatch.setattr(passes, "BAND", band)
     torch.testing.assert_close(answer_and_gradients(layer, images), expected, rtol=1e-12, atol=1e-13)
 
 
 @pytest.mark.parametrize("geometry", GEOMETRIES)
 @every_way
 def test_gradients_in_bands_are_those_of_finite_differences(way, geometry, monkeypatch):
-    monkeypatch.setattr(fused, "BAND", 10)
+    monkeypatch.setattr(passes, "BAND", 10)
     layer = make_layer(way, **GEOMETRIES[geometry]).eval()
     names, values = zip(*layer.named_parameters(), strict=True)
 

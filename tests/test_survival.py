@@ -296,7 +296,7 @@ def relative_error(value, expected):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @every_operator
 def test_gradients_under_autocast_are_those_of_float32(operator, dtype):
-    """Through two layers; with float16 under a loss scale of 2^16, and as exact as what it computes: float32."""
+    """Through two layers; with float16, which has three bits more, under a loss scale of 2^16."""
     network = make_network(operator, radius_mode="learned").float()
     images = make_images(4, channels=2)
     scale = 2**16 if dtype == torch.float16 else 1
@@ -309,9 +309,13 @@ def test_gradients_under_autocast_are_those_of_float32(operator, dtype):
         (answer.square().mean() * scale).backward()
         record.append({"answer": answer.detach(), "images": leaf.grad / scale})
         record[-1] |= {name: parameter.grad / scale for name, parameter in network.named_parameters()}
+    # Squared, an inner product's rounding counts twice.
+    tolerance = (2**-5 if dtype == torch.bfloat16 else 2**-8) * (
+        2 if operator.endswith(("square_cosine", "power")) else 1
+    )
     for name, expected in record[1].items():
         assert record[0][name].isfinite().all() and record[0][name].dtype == torch.float32, name
-        assert relative_error(record[0][name], expected) < (2**-5 if dtype == torch.bfloat16 else 1e-5), name
+        assert relative_error(record[0][name], expected) < tolerance, name
 
 
 LAYOUTS = list(itertools.product([torch.contiguous_format, torch.channels_last], repeat=2))
