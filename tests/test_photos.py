@@ -6,10 +6,11 @@ import sys
 import numpy
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from benchmarks import photos
 from zoo.data import build_data
+from zoo.data.measuring import portable_description, recorded_data
 from zoo.models.transform import ImageTransform
 
 CLASSES = ["flower", "portrait", "temple"]
@@ -95,6 +96,35 @@ def test_a_turned_photograph_is_seen_upright(name, tmp_path):
     assert (twins[0] - twins[1]).abs().mean() < 2 / 255
     on_its_side = ImageTransform(3, 64)(Image.fromarray(numpy.asarray(turned)))
     assert (twins[0] - on_its_side).abs().mean() > 10 / 255
+
+
+@pytest.mark.parametrize("size", [24, 35])
+@pytest.mark.parametrize("form", ["colour", "turned"])
+@pytest.mark.parametrize("name", CLASSES)
+def test_the_decoder_scales_a_large_photograph_down(name, form, size, tmp_path, monkeypatch):
+    """Upright or not, cropped at the same place: close to all its pixels, and decoded at a fraction."""
+    file = tmp_path / "photo.jpg"
+    photos.save(photos.photographs()[name], tmp_path / "photo", form)
+    pixels = {draft: ImageTransform(3, size, draft).read(file).float() for draft in (True, False)}
+    assert (pixels[True] - pixels[False]).abs().mean() <= 1
+    with Image.open(file) as image:
+        whole, decoded = image.size, []
+    monkeypatch.setattr(ImageOps, "exif_transpose", lambda image: decoded.append(image.size) or image)
+    for draft in (True, False):
+        ImageTransform(3, size, draft).read(file)
+    assert min(decoded[0]) < min(whole) / 3 and min(decoded[0]) >= 3 * size and decoded[1] == whole
+
+
+def test_what_an_earlier_version_measured_is_decoded_whole(folder):
+    """What a checkpoint records of its images says how they were decoded; a record without it is of before."""
+    data = build_data("ImageFolder", root=str(folder), input_size=24)
+    record = portable_description(data.describe())
+    assert data.draft and record["arguments"]["draft"] is True
+    assert recorded_data(record, str(folder)).draft
+    del record["arguments"]["draft"]
+    earlier = recorded_data(record, str(folder))
+    assert not earlier.draft and earlier.describe()["arguments"]["draft"] is False
+    assert torch.equal(earlier.split("val").images[0], ImageTransform(3, 24, False).read(earlier.files_of("val")[0][0]))
 
 
 def test_an_image_folder_reads_them(folder):

@@ -54,6 +54,7 @@ class LabelledFiles(ImageData):
         num_workers: int,
         memory_limit_mb: int,
         max_unreadable: int,
+        draft: bool,
         class_weights: ClassWeights,
         predict: str | None,
     ) -> None:
@@ -80,6 +81,7 @@ class LabelledFiles(ImageData):
         self.num_workers = num_workers
         self.memory_limit_mb = memory_limit_mb
         self.max_unreadable = max_unreadable
+        self.draft = draft
 
     @abc.abstractmethod
     def has(self, split: str) -> bool:
@@ -110,7 +112,7 @@ class LabelledFiles(ImageData):
             ValueError: more than ``max_unreadable`` of the files cannot be read, or none of a class can.
         """
         size = self.stored_size if split == "train" else self.input_size
-        images, broken = self._read_files(files, labels, ImageTransform(self.in_chans, size))
+        images, broken = self._read_files(files, labels, ImageTransform(self.in_chans, size, self.draft))
         if len(broken) > self.max_unreadable:
             then = (
                 f"; remove or replace them (python -m zoo preflight {self.where} lists all), or let more than "
@@ -132,7 +134,7 @@ class LabelledFiles(ImageData):
         found = {}
         for split in filter(self.has, SPLITS):
             files, labels = self.files_of(split)
-            found[split] = labels, examine(files, ImageTransform(self.in_chans, self.input_size))
+            found[split] = labels, examine(files, ImageTransform(self.in_chans, self.input_size, self.draft))
         return found
 
 

@@ -11,7 +11,7 @@ from zoo.checkpoints.catalogue import find_local
 from zoo.checkpoints.config import read_config
 from zoo.checkpoints.verification import class_counts
 from zoo.data.module import ImageData
-from zoo.data.registry import DATA
+from zoo.data.registry import DATA, recorded_arguments
 from zoo.models.image_model import ImageModel
 from zoo.models.spec import ModelSpec, composed
 
@@ -109,7 +109,7 @@ def data_for(where: str | Path, kind: str | None, root: str | None, title: str |
             settings |= {name: value for name, value in record["arguments"].items() if name in columns}
     elif title:
         raise ValueError(f"--title is that of images of your own ({', '.join(OWN)}); {kind} has its own")
-    return recorded_data({"name": kind, "arguments": settings}, root)
+    return recorded_data({"name": kind, "arguments": {"draft": True, **settings} if kind in OWN else settings}, root)
 
 
 def recorded_data(record: dict[str, Any], root: str | None) -> ImageData:
@@ -118,7 +118,7 @@ def recorded_data(record: dict[str, Any], root: str | None) -> ImageData:
     Raises:
         ValueError: images in a folder that is neither recorded nor given.
     """
-    arguments = dict(record["arguments"])
+    arguments = recorded_arguments(record)
     kind = look_up(DATA, record["name"], "data set")
     parameters = inspect.signature(kind).parameters
     for place in (parameters[name] for name in PLACES if name in parameters):

@@ -49,6 +49,8 @@ class ImageTable(LabelledFiles):
         memory_limit_mb: a split of more MiB than this, once decoded, is read from disk batch by batch.
         max_unreadable: up to so many files of a split that are no readable images are left out with a warning that
             names them; more are an error.
+        draft: whether JPEG files of at least six times ``input_size`` are scaled down by the decoder, to no less than
+            three times that size: faster, and less than a level of 255 away on average.
         class_weights: factors of the training loss, one for each class in the order of their names; or "auto", by
             which each class counts as much as any other however many images it has. None by default.
         predict: image file or folder for predict; the test images by default.
@@ -79,6 +81,7 @@ class ImageTable(LabelledFiles):
         num_workers: int = 0,
         memory_limit_mb: int = 2048,
         max_unreadable: int = MOST_UNREADABLE,
+        draft: bool = True,
         class_weights: ClassWeights = None,
         predict: str | None = None,
     ) -> None:
@@ -97,6 +100,7 @@ class ImageTable(LabelledFiles):
             num_workers=num_workers,
             memory_limit_mb=memory_limit_mb,
             max_unreadable=max_unreadable,
+            draft=draft,
             class_weights=class_weights,
             predict=predict,
         )

@@ -13,14 +13,14 @@ from jsonargparse import Namespace
 from lightning.pytorch.utilities import rank_zero_info
 
 from operators.lookup import look_up
-from zoo.data.registry import DATA
+from zoo.data.registry import DATA, recorded_arguments
 from zoo.models.spec import PLAIN
 from zoo.resuming.folder import usable_checkpoint
 from zoo.resuming.record import RunRecord, record_of
 from zoo.training.classifier import Classifier
 
-# Settings of data that came after version 0.2, with None for their default.
-LATER = ("class_weights",)
+# Settings of data that came later, and their defaults.
+LATER = {"class_weights": None, "draft": True}
 
 
 def hash_of(settings: Namespace) -> str:
@@ -31,8 +31,9 @@ def hash_of(settings: Namespace) -> str:
     del given["checkpoint"]["dirpath"]
     # Runs of earlier versions know nothing of these settings, and have their defaults.
     images = given["data"].get("init_args", {})
-    for name in (name for name in LATER if images.get(name) is None):
-        images.pop(name, None)
+    for name, default in LATER.items():
+        if images.get(name, default) == default:
+            images.pop(name, None)
     text = json.dumps(given, sort_keys=True, default=str)
     # Runs of earlier versions have the callbacks' class paths in their hash.
     return hashlib.sha256(text.replace('"zoo.training.callbacks.', '"zoo.callbacks.').encode()).hexdigest()
@@ -87,7 +88,7 @@ def checkpoint_settings(path: str, predicting: bool) -> list[str]:
     # Images to predict on are decoded as the network wants them, so the training images need not be there.
     if not predicting:
         kind = look_up(DATA, record.data["name"], "data set")
-        data = {"class_path": f"zoo.data.{kind.__name__}", "init_args": record.data["arguments"]}
+        data = {"class_path": f"zoo.data.{kind.__name__}", "init_args": recorded_arguments(record.data)}
         settings += ["--data", json.dumps(data)]
     return settings
 
