@@ -262,7 +262,7 @@ def test_a_network_has_converged_if_it_is_better_than_half_as_good_again_as_chan
     record = types.SimpleNamespace(training={"hardware": "a machine", "torch": "2", "commit": "none"})
     monkeypatch.setattr(tables, "trained_model", lambda _: (model, record))
     table = read_table("no_batchnorm")
-    trained = Trained(Path("last.ckpt"), True, None, [{"epoch": 1, "seconds": 6.0}], 100, Digits())
+    trained = Trained(Path("last.ckpt"), True, None, [{"epoch": 1, "seconds": 6.0}], 100, "32-true", Digits())
     result = measured(table, table.cells("tiny")[0], trained, CPU)
     assert result["converged"] == converged
     assert (result["error"], result["test_images"], result["minutes"]) == (pytest.approx(100 - 10 * right), 10, 0.1)

@@ -1,5 +1,6 @@
 """``python -m zoo train-zoo``: every recipe trains, stops in time, goes on where it was killed, and is verified."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -26,7 +27,7 @@ from zoo.recipes.recipe import is_finished, recipes, train
 from zoo.recipes.whole_zoo import train_zoo
 from zoo.resuming.record import read_lightning_checkpoint
 from zoo.training.classifier import Classifier
-from zoo.training.device import Device
+from zoo.training.device import Device, bfloat16_share
 from zoo.training.export import LARGEST_IN_FLOAT32
 
 CPU = Device("cpu", compile=False)
@@ -214,6 +215,37 @@ def test_wrong_names_bring_what_there_is(here):
         recipes("imagenet")
     with pytest.raises(ValueError, match="device is auto, cpu, or cuda where torch finds a GPU; got 'tpu'"):
         Device.choose("tpu")
+
+
+@pytest.mark.parametrize(("share", "precision"), [(0.6, "bf16-mixed"), (0.95, "32-true"), (None, "32-true")])
+def test_a_cpu_trains_in_what_is_faster_there(share, precision, monkeypatch):
+    monkeypatch.setattr("zoo.training.device.SLOW_ON_CPUS", () if share else (torch.bfloat16,))
+    monkeypatch.setattr("zoo.training.device.bfloat16_share", lambda: share)
+    device = Device.choose("cpu")
+    assert device.precision == precision and f"--trainer.precision {precision}" in " ".join(device.options())
+    why = f"a step in bfloat16 takes {share:.0%} of the time in float32 here" if share else "has no bfloat16"
+    assert why in str(device)
+
+
+def test_the_share_of_bfloat16_is_that_of_two_times_and_leaves_the_random_numbers():
+    before = torch.get_rng_state()
+    assert 0.01 < bfloat16_share(rounds=1) < 100
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_run_that_goes_on_keeps_its_precision(here, monkeypatch):
+    """Half trained in bfloat16, it is not finished in float32, nor the other way round."""
+    (recipe,), folder = recipes("digits_cnn6_conv"), here / "outputs/run"
+    options = ["--trainer.max_epochs", "2", "--trainer.limit_train_batches", "2", "--trainer.limit_val_batches", "1"]
+    fast = dataclasses.replace(CPU, precision="bf16-mixed")
+    used = []
+    monkeypatch.setattr(Classifier, "on_train_start", lambda module: used.append(module.trainer.precision))
+    monkeypatch.setattr(
+        StopInTime, "on_train_epoch_end", lambda self, trainer, module: setattr(trainer, "should_stop", True)
+    )
+    assert not train(recipe, fast, folder=folder, options=options).finished
+    assert train(recipe, CPU, folder=folder, options=options).finished
+    assert used == ["bf16-mixed", "bf16-mixed"]
 
 
 def test_compiled_training_gives_what_eager_training_gives(here):

@@ -54,8 +54,7 @@ def _add_training_device(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--compile",
         action=argparse.BooleanOptionalAction,
-        help="use torch.compile, which is the default on a GPU; a CPU that has bfloat16 then uses that too, as a GPU "
-        "always does",
+        help="use torch.compile, which is the default on a GPU; bfloat16 or float32 is chosen by what is faster here",
     )
 
 

@@ -32,6 +32,8 @@ class EpochLines(Callback):
 
     Args:
         name: what is trained, at the beginning of each line.
+        precision: in which it is trained, which a run that goes on keeps.
+        earlier: in which earlier versions trained it, which did not say so.
 
     Attributes:
         epochs: for each epoch its number, the metrics (the training loss is that of the last batch) and the seconds.
@@ -39,8 +41,9 @@ class EpochLines(Callback):
         data: the images, once the first epoch has begun.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, precision: str, earlier: str) -> None:
         self.name = name
+        self.precision, self.earlier = precision, earlier
         self.started = 0.0
         self.epochs: list[dict[str, float]] = []
         self.images_per_epoch: int | None = None
@@ -61,7 +64,8 @@ class EpochLines(Callback):
         print(f"{self.name}: {epoch}, {numbers}, {seconds:.1f} s", flush=True)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"epochs": self.epochs, "images_per_epoch": self.images_per_epoch}
+        return {"epochs": self.epochs, "images_per_epoch": self.images_per_epoch, "precision": self.precision}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.epochs, self.images_per_epoch = list(state["epochs"]), state["images_per_epoch"]
+        self.precision = state.get("precision", self.earlier)

@@ -62,6 +62,7 @@ class Trained:
         stopped: why it cannot go on, if gradients were not finite.
         epochs: one mapping of metrics for each epoch.
         images_per_epoch: how many images an epoch has, if one was begun.
+        precision: in which it is trained, as Lightning calls it.
         data: the images, if any epoch was trained now: for whoever trains on them next.
     """
 
@@ -70,6 +71,7 @@ class Trained:
     stopped: str | None
     epochs: list[dict[str, float]]
     images_per_epoch: int | None
+    precision: str
     data: ImageData | None
 
     def images(self) -> ImageData:
@@ -102,7 +104,8 @@ def train(
     torch.compiler.reset()
     claim(folder, recipe)
     last = folder / LAST
-    lines = EpochLines(recipe.stem)
+    eager_cpu = device.name == "cpu" and not device.compile
+    lines = EpochLines(recipe.stem, device.precision, earlier="32-true" if eager_cpu else device.precision)
     resume = []
     if last.exists():
         lines.load_state_dict(read_lightning_checkpoint(last)["callbacks"][lines.state_key])
@@ -111,9 +114,10 @@ def train(
         if not finished and seconds > left:
             print(f"{recipe.stem}: an epoch takes {seconds:.0f} s, and {max(left, 0):.0f} s are left")
         if finished or seconds > left:
-            return Trained(last, finished, None, lines.epochs, lines.images_per_epoch, None)
+            return Trained(last, finished, None, lines.epochs, lines.images_per_epoch, lines.precision, None)
         resume = ["--ckpt_path", str(last)]
     arguments = ["fit", "--config", relative(recipe), "--checkpoint.dirpath", str(folder)]
+    device = dataclasses.replace(device, precision=lines.precision)
     arguments += [*device.options(), *options, *resume]
     stopped = None
     try:
@@ -124,7 +128,7 @@ def train(
     if data:
         # The trainer of before would keep its copy of the images on the device.
         data.trainer = None
-    return Trained(last, is_finished(last), stopped, lines.epochs, lines.images_per_epoch, data)
+    return Trained(last, is_finished(last), stopped, lines.epochs, lines.images_per_epoch, lines.precision, data)
 
 
 def is_finished(checkpoint: Path) -> bool:

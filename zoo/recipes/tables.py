@@ -174,6 +174,10 @@ def run_table(
     path, data = result_path(table.name, scale, results), None
     path.parent.mkdir(parents=True, exist_ok=True)
     done = read_results(table, scale, results)
+    if done:
+        # The cells of a table are compared.
+        device = dataclasses.replace(device, precision=done[-1]["precision"], why="as the cells before")
+    print(f"training {device}", flush=True)
     for cell in table.cells(scale):
         if (cell.row, cell.column, cell.seed) in map(_place, done):
             continue
@@ -207,7 +211,7 @@ def measured(table: Table, cell: Cell, trained: Trained, device: Device) -> dict
     data = trained.images()
     result |= dict.fromkeys((*table.metrics, "test_images"))
     result |= {"converged": False, "stopped": trained.stopped, "data": data.title}
-    result |= {"precision": device.precision, "compiled": device.compile, **origin(torch.device(device.name))}
+    result |= {"precision": trained.precision, "compiled": device.compile, **origin(torch.device(device.name))}
     if trained.finished:
         model, record = trained_model(trained.checkpoint)
         attacked = data.evenly_spaced("test", cell.attacked)

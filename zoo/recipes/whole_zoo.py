@@ -1,5 +1,6 @@
 """Training the whole zoo, one recipe after another."""
 
+import dataclasses
 import os
 import tempfile
 import time
@@ -10,7 +11,7 @@ import yaml
 import zoo
 from zoo.checkpoints.catalogue import PRETRAINED
 from zoo.checkpoints.config import read_config
-from zoo.files import put_in_place
+from zoo.files import put_in_place, write_whole
 from zoo.hub.repository import CONFIG
 from zoo.recipes.recipe import LEAST_SECONDS, Trained, recipes, train
 from zoo.training.device import Device
@@ -43,7 +44,7 @@ def train_zoo(
     """
     to.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + 60 * minutes
-    all_well, data = True, None
+    all_well, data, begun = True, None, None
     for recipe in recipes(only):
         folder = to / recipe.stem
         try:
@@ -54,9 +55,12 @@ def train_zoo(
             if deadline - time.monotonic() < LEAST_SECONDS:
                 print(f"{recipe.stem}: no time left")
                 continue
+            if begun is None:
+                begun = _as_begun(device)
+                print(f"training {begun}", flush=True)
             work = WORK / recipe.stem / f"{wanted}_epochs"
             options = ["--trainer.max_epochs", str(wanted)]
-            trained = train(recipe, device, folder=work, options=options, deadline=deadline, data=data)
+            trained = train(recipe, begun, folder=work, options=options, deadline=deadline, data=data)
             data = trained.data or data
             if trained.stopped:
                 raise FloatingPointError(trained.stopped)
@@ -71,6 +75,16 @@ def train_zoo(
             print(f"{recipe.stem}: failed ({type(error).__name__}): {error}", flush=True)
             all_well = False
     return all_well
+
+
+def _as_begun(device: Device) -> Device:
+    """Return the device with the precision of the recipes before, for twins are trained in one precision."""
+    kept = WORK / f"precision_{device.name}"
+    if kept.is_file():
+        return dataclasses.replace(device, precision=kept.read_text(encoding="utf-8"), why=f"as begun, see {kept}")
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(kept, device.precision)
+    return device
 
 
 def _export_verified(trained: Trained, folder: Path) -> None:
