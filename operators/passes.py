@@ -56,15 +56,15 @@ _WEIGHTINGS = {
 
 def multiply_filters(weight: Tensor, multiplier: Multiplier, dtype: torch.dtype) -> Tensor:
     """Return the filters times their factors, as ``dtype``."""
-    if _multiplied_by_loops(weight, multiplier, dtype):
-        return kernels.multiply_filters(weight, multiplier.known, dtype)
+    if filters := _for_loops(weight, multiplier, dtype):
+        return kernels.multiply_filters(weight, filters, dtype)
     return (weight * multiplier(squares_of_filters(weight))).to(dtype)
 
 
 def multiply_filters_backward(gradient: Tensor, weight: Tensor, multiplier: Multiplier) -> Tensor:
     """Return the gradient of the weight in :func:`multiply_filters`."""
-    if _multiplied_by_loops(weight, multiplier, gradient.dtype):
-        return kernels.multiply_filters_backward(gradient, weight, multiplier.known)
+    if filters := _for_loops(weight, multiplier, gradient.dtype):
+        return kernels.multiply_filters_backward(gradient, weight, filters)
     gradient = gradient.to(weight.dtype)
     squares = squares_of_filters(weight).requires_grad_()
     with torch.enable_grad():
@@ -79,9 +79,11 @@ def squares_of_filters(weight: Tensor) -> Tensor:
     return weight.square().sum((1, 2, 3), keepdim=True)
 
 
-def _multiplied_by_loops(weight: Tensor, multiplier: Multiplier, dtype: torch.dtype) -> bool:
-    known = dtype in kernels.DTYPES and weight.dtype == wide(dtype) and multiplier.known is not None
-    return known and kernels.covers(weight)
+def _for_loops(weight: Tensor, multiplier: Multiplier, dtype: torch.dtype) -> kernels.Filters | None:
+    """Return the multiplier as the loops know it, if they cover these filters and this dtype of the products."""
+    if dtype not in kernels.DTYPES or weight.dtype != wide(dtype) or not kernels.covers(weight):
+        return None
+    return multiplier.known
 
 
 def group(tensor: Tensor, groups: int, dim: int = 1) -> Tensor:
