@@ -20,6 +20,7 @@ from torch import nn
 from benchmarks import measure
 from operators import OperatorConfig, calibrate, convert_decoupled, fold
 from operators.functional import SLOW_ON_CPUS
+from operators.selection import is_depthwise
 from zoo.architectures.resnet import CIFARResNet
 
 OPERATORS = {
@@ -104,8 +105,11 @@ def measure_network(
 
 
 def twins(plain: nn.Module, operators: Mapping[str, OperatorConfig]) -> dict[str, nn.Module]:
-    """Return a network and its copies with each operator."""
-    converted = {name: convert_decoupled(copy.deepcopy(plain), operator)[0] for name, operator in operators.items()}
+    """Return a network and its copies with each operator in all convolutions."""
+    converted = {
+        name: convert_decoupled(copy.deepcopy(plain), operator, depthwise=True)[0]
+        for name, operator in operators.items()
+    }
     return {measure.PLAIN: plain, **converted}
 
 
@@ -113,10 +117,8 @@ def competitors(name: str) -> dict[str, nn.Module]:
     """Return a network, its decoupled copies, and one whose depthwise convolutions stay plain if it has such."""
     plain = NETWORKS[name].build()
     networks = twins(plain, OPERATORS)
-    convolutions = [module for module in plain.modules() if isinstance(module, nn.Conv2d)]
-    if any(module.groups == module.in_channels > 1 for module in convolutions):
-        chosen = {"filter_fn": lambda module, name: module.groups == 1}
-        networks[PARTIAL] = convert_decoupled(copy.deepcopy(plain), OPERATORS["tanh_cosine"], **chosen)[0]
+    if any(map(is_depthwise, plain.modules())):
+        networks[PARTIAL] = convert_decoupled(copy.deepcopy(plain), OPERATORS["tanh_cosine"])[0]
     return networks
 
 

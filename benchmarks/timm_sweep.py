@@ -77,7 +77,7 @@ class Case:
             return dataclasses.replace(self, network=network, images=images, answer=network(images))
 
     def converted(self, operator: OperatorConfig | str) -> tuple[nn.Module, ConversionReport]:
-        return convert_decoupled(copy.deepcopy(self.network), operator)
+        return convert_decoupled(copy.deepcopy(self.network), operator, depthwise=True)
 
 
 def state_dict_keys(case: Case) -> None:
@@ -125,7 +125,7 @@ def features_only(case: Case) -> None:
     network = timm.create_model(case.architecture, features_only=True)
     with torch.no_grad():
         before = [features.shape for features in network.eval()(case.images)]
-        after = [features.shape for features in convert_decoupled(network, OPERATOR)[0](case.images)]
+        after = [features.shape for features in convert_decoupled(network, OPERATOR, depthwise=True)[0](case.images)]
     if before != after:
         raise Failure("other shapes")
 

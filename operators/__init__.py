@@ -1,9 +1,11 @@
 """Decoupled convolutions ``h(‖w‖, ‖x‖) · g(θ)`` and the converter that puts them into a network. Needs only torch."""
 
 from operators.angular import ANGULARS
-from operators.calibration import CalibrationReport, DiagnosisReport, calibrate, diagnose
+from operators.calibration import CalibrationReport, calibrate
 from operators.conv import DecoupledConv2d, OperatorConfig, decoupled_layers
 from operators.convert import ConversionReport, convert_decoupled, revert
+from operators.diagnosis import DiagnosisReport, diagnose
+from operators.distillation import Distillation, DistillationReport, distil
 from operators.fold import FoldReport, fold
 from operators.functional import decoupled_conv2d, filter_norm, patch_norm
 from operators.magnitude import MAGNITUDES, RADIUS_MODES, WEIGHTINGS
@@ -17,6 +19,8 @@ __all__ = [
     "ConversionReport",
     "DecoupledConv2d",
     "DiagnosisReport",
+    "Distillation",
+    "DistillationReport",
     "FoldReport",
     "OperatorConfig",
     "calibrate",
@@ -24,6 +28,7 @@ __all__ = [
     "decoupled_conv2d",
     "decoupled_layers",
     "diagnose",
+    "distil",
     "filter_norm",
     "fold",
     "patch_norm",

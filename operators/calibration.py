@@ -1,4 +1,4 @@
-"""Fitting the operators of a converted network to the norms that occur in it, and looking at them."""
+"""Fitting the operators of a converted network to the patches that occur in it."""
 
 import contextlib
 import copy
@@ -6,38 +6,45 @@ import dataclasses
 import functools
 import math
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, TypeVar
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.hub import tqdm
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils.hooks import RemovableHandle
 
 from operators.angular import cosine
+from operators.batch_norms import norms_of, remembered
 from operators.conv import DecoupledConv2d, decoupled_layers
 from operators.evaluation_mode import evaluating
 from operators.kernels import wide
-from operators.magnitude import RADIUS_FLOOR, Linear, Sphere
+from operators.layer_by_layer import front_to_back, rescale, set_constants
+from operators.magnitude import RADIUS_FLOOR, Linear, linearly_weighted
+from operators.observation import (
+    PLAIN,
+    Batches,
+    before_each,
+    divergence,
+    doubts_about,
+    images_of,
+    layers_of,
+    nonempty,
+    quantiles_of,
+    share_beyond,
+)
+from operators.selection import is_depthwise
 
-Batches = Iterable[Tensor | tuple[Tensor, ...] | list[Tensor]]
-
-# The norms that diagnose tells are at these quantiles.
-QUANTILES = (0.5, 0.9, 0.99, 0.999)
-# A bounded layer with a larger share of its patches beyond the radius hardly tells their norms apart.
-SATURATED = 0.98
-LARGEST_FLOAT16 = torch.finfo(torch.float16).max
 # Of values that the largest tensor of calibration may have; in float32 that is 1 GiB.
 LARGEST_ACTIVATION = 1 << 28
-# Of norms among which a quantile is looked for; of more, so many are drawn at random.
-MOST_NORMS = 1 << 22
-
-# Ordinary convolutions and plain cosines, written as magnitudes.
-_PLAIN, _COSINE = Linear(weighting="linear"), Sphere()
-
-
-Module = TypeVar("Module", bound=nn.Module)
+# The quantiles of the norms that are tried as radius, as far as they leave enough patches beyond it.
+TRIED = (0.5, 0.75, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999, 0.9999, 1.0)
+# The quantiles that are tried as radius, and the least share of norms beyond it.
+Search = tuple[Sequence[float], float]
+# A network that names the class that it named before for a smaller share of the images has lost much.
+KEEPS_MUCH = 0.9
+# So many layers are listed in a summary, those whose answers differ most.
+WORST = 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,12 +55,17 @@ class CalibratedLayer:
         name: its first name in the network (``""`` for a bare convolution).
         operator: its operator, as it is printed.
         beyond: the share of patches whose norm is larger than the radius; None for magnitudes without one.
+        error: ``‖y - y'‖ / ‖y'‖`` of its answers ``y`` and those ``y'`` of an ordinary convolution with the same
+            filters on the same inputs, both without bias; None if it was not calibrated.
+        depthwise: whether each of its filters sees one channel.
         reason: why it was left as it was; empty if it was calibrated.
     """
 
     name: str
     operator: str
     beyond: float | None = None
+    error: float | None = None
+    depthwise: bool = False
     reason: str = ""
 
 
@@ -63,114 +75,90 @@ class CalibrationReport:
 
     Attributes:
         images: how many went through the network.
-        given: how many there were.
+        quantile: the one that was asked for; None if the radii were searched for.
+        given: how many images there were.
+        agreement: for networks that give logits, the share of images whose likeliest class stayed what it was.
+        divergence: likewise, the mean Kullback-Leibler divergence of the probabilities from those of before, in nats.
     """
 
     images: int
-    quantile: float
+    quantile: float | None
     layers: tuple[CalibratedLayer, ...]
     given: int
-
-    def __str__(self) -> str:
-        calibrated = sum(not layer.reason for layer in self.layers)
-        images = f"{self.images} images" if self.images == self.given else f"{self.images} of {self.given} images"
-        lines = [f"{calibrated} convolutions calibrated on {images}, quantile {self.quantile:g}"]
-        width = max(len(layer.name) for layer in self.layers)
-        for layer in self.layers:
-            outcome = layer.reason or ("" if layer.beyond is None else f"{layer.beyond:.2%} beyond the radius")
-            lines.append(f"  {layer.name:<{width}}  {layer.operator}  {outcome}".rstrip())
-        return "\n".join(lines)
-
-
-@dataclasses.dataclass(frozen=True)
-class DiagnosedLayer:
-    """How the operator of one layer meets the patches that occur.
-
-    Attributes:
-        name: its first name in the network (``""`` for a bare convolution).
-        operator: its operator, as it is printed.
-        norms: the quantiles ``QUANTILES`` of the patch norm ``n``.
-        radius: ``ρ``, its mean over channels if they have their own; None for magnitudes without one.
-        beyond: the share of patches with ``n > ρ``; None for magnitudes without a radius.
-        cosine_spread: the standard deviation of ``cos θ`` over patches and filters.
-        error: ``‖y - y'‖ / ‖y'‖`` of the layer's answers ``y`` and those ``y'`` of an ordinary convolution with the
-            same filters on the same inputs, both without bias.
-    """
-
-    name: str
-    operator: str
-    norms: tuple[float, ...]
-    radius: float | None
-    beyond: float | None
-    cosine_spread: float
-    error: float
-
-
-@dataclasses.dataclass(frozen=True)
-class DiagnosisReport:
-    """One :class:`DiagnosedLayer` for every decoupled convolution that was used, in the network's order."""
-
-    images: int
-    layers: tuple[DiagnosedLayer, ...]
+    agreement: float | None = None
+    divergence: float | None = None
 
     def advice(self) -> tuple[str, ...]:
-        """Return what should be changed, one sentence for each reason: learning rate, precision, radius."""
-        bad = [layer.name for layer in self.layers if not all(map(math.isfinite, layer.norms))]
-        if bad:
+        """Return what should be changed, one sentence for each reason; nothing if the network keeps what it knew."""
+        if self.agreement is None or self.agreement >= KEEPS_MUCH:
+            return ()
+        depthwise = sum(layer.depthwise and not layer.reason for layer in self.layers)
+        if depthwise:
             return (
-                f"the inputs of {bad[0]} are not finite: go on from an earlier checkpoint, with a lower learning rate",
+                f"the network lost much, and depthwise convolutions lose most: keep these {depthwise} plain "
+                "(convert it again without depthwise)",
             )
-        said = []
-        largest = max(self.layers, key=lambda layer: layer.norms[-1])
-        if largest.norms[-1] > LARGEST_FLOAT16:
-            said.append(
-                f"the patches of {largest.name} have norms up to {largest.norms[-1]:.3g}, more than float16 holds "
-                f"({LARGEST_FLOAT16:.0f}): use bfloat16 or float32, or a lower learning rate"
-            )
-        saturated = [layer for layer in self.layers if (layer.beyond or 0) > SATURATED]
-        if saturated:
-            one = max(saturated, key=lambda layer: layer.beyond)
-            said.append(
-                f"{len(saturated)} layers saturate, {one.name} most ({one.beyond:.1%} of patches beyond the radius "
-                f"{one.radius:.3g}, median norm {one.norms[0]:.3g}): use a larger radius, radius_relative, or calibrate"
-            )
-        return tuple(said)
+        worst = self._worst()[0]
+        return (
+            f"the network lost much, most in {worst.name or 'the model'}: distil brings much of it back, and so does "
+            "keeping such layers plain (keep)",
+        )
+
+    def summary(self) -> str:
+        """Return the report in a few lines, with the layers whose answers differ most."""
+        return self._shown(self._worst())
+
+    def _worst(self) -> list[CalibratedLayer]:
+        fitted = [layer for layer in self.layers if not layer.reason]
+        return sorted(fitted, key=lambda layer: -layer.error)[:WORST]
 
     def __str__(self) -> str:
-        head = ["layer", *(f"n {quantile:g}" for quantile in QUANTILES), "radius", "beyond", "cos spread", "error"]
-        rows = [head]
-        for layer in self.layers:
-            radius = "-" if layer.radius is None else f"{layer.radius:.3g}"
-            beyond = "-" if layer.beyond is None else f"{layer.beyond:.2%}"
-            norms = [f"{norm:.3g}" for norm in layer.norms]
-            rows.append([layer.name, *norms, radius, beyond, f"{layer.cosine_spread:.3f}", f"{layer.error:.3f}"])
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = [f"{len(self.layers)} decoupled convolutions on {self.images} images"]
-        for name, *cells in rows:
-            cells = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
-            lines.append("  ".join(["", name.ljust(widths[0]), *cells]))
+        return self._shown(self.layers)
+
+    def _shown(self, layers: Sequence[CalibratedLayer]) -> str:
+        fitted = [layer for layer in self.layers if not layer.reason]
+        images = f"{self.images} images" if self.images == self.given else f"{self.images} of {self.given} images"
+        how = "radii searched" if self.quantile is None else f"quantile {self.quantile:g}"
+        lines = [f"{len(fitted)} convolutions calibrated on {images}, {how}"]
+        if self.agreement is not None:
+            lines.append(
+                f"likeliest class as before: {self.agreement:.1%} of these images; divergence {self.divergence:.3g}"
+            )
+        if len(layers) < len(self.layers):
+            lines.append(f"largest errors of {len(fitted)} layers:")
+        width = max(len(layer.name) for layer in layers)
+        for layer in layers:
+            outcome = layer.reason or f"error {layer.error:.1%}"
+            if layer.beyond is not None:
+                outcome += f", {layer.beyond:.2%} beyond the radius"
+            lines.append(f"  {layer.name:<{width}}  {layer.operator}  {outcome}")
         return "\n".join([*lines, *self.advice()])
 
 
 @torch.no_grad()
 def calibrate(
-    model: nn.Module, batches: Batches, quantile: float = 0.99, *, progress: bool | None = None
+    model: nn.Module,
+    batches: Batches,
+    quantile: float | None = None,
+    *,
+    least_beyond: float = 0.001,
+    progress: bool | None = None,
 ) -> tuple[nn.Module, CalibrationReport]:
-    """Fit each decoupled convolution to the norms of its patches, in place, and return ``model`` and the report.
+    """Fit each decoupled convolution to the patches that occur, in place, and return ``model`` and the report.
 
     From the first layer to the last, so that each sees what the calibrated ones before it answer:
 
-    - ``ρ`` becomes that quantile of the norms ``n`` of all patches, in all three radius modes;
-    - ``α`` and ``β`` are multiplied by ``⟨y, y'⟩ / ⟨y, y⟩``, which brings the layer's answers ``y`` as near as a factor
-      can to those ``y'`` of an ordinary convolution with the same filters;
+    - ``ρ`` becomes that quantile of the norms ``n`` of all patches, among some ten, with which the layer's answers
+      ``y`` come nearest to those ``y'`` of an ordinary convolution with the same filters;
+    - ``α`` and ``β`` are multiplied by ``⟨y, y'⟩ / ⟨y, y⟩``, which brings them as near as a factor can; their ratio
+      stays, since the best one would be that of an ordinary convolution;
     - BatchNorm's running mean moves by the difference, and its running variance by the ratio, between its inputs now
       and in the network of ordinary convolutions: what it learned of the training images, which are more and were
-      augmented, stays.
+      augmented, stays. :func:`operators.revert` moves them back.
 
     It is meant for a network that was trained with ordinary convolutions and has just been converted, with the
-    weighting ``"linear"``: with another, filters lose their norms, which no factor of a whole layer brings back. To try
-    another quantile, calibrate another copy: BatchNorm's statistics do not go back. A layer that is used several times
-    is fitted to its first inputs.
+    weighting ``"linear"``: with another, filters lose their norms, which no factor of a whole layer brings back. It may
+    be called again, e.g. with other images; a layer that is used several times is fitted to its first inputs.
 
     All images go through the network together, twice; a few hundred are enough. Of more than memory should hold, those
     whose largest activation has 2^28 values are drawn at random, with a fixed seed, and the report says so.
@@ -178,70 +166,59 @@ def calibrate(
     Args:
         batches: images as ``model`` takes them, (N, C, H, W), or tuples that begin with them, as loaders of images and
             labels give. They are put on the model's device.
-        quantile: of the norms, in (0, 1]. The larger, the more nearly linear the operators of bounded magnitude are.
+        quantile: of the norms, in (0, 1], that becomes the radius of every layer; searched for if not given.
+        least_beyond: share of patches, in [0, 1), whose norm stays larger than a radius that is searched for. With
+            none, bounded magnitudes would come as near to an ordinary convolution as they can.
         progress: whether a bar shows which layer it has come to; on a terminal, if not given.
 
+    Warns:
+        UserWarning: most images are the same or of a single colour, or they are plainly not what the network takes.
+
     Raises:
-        ValueError: no decoupled convolution or none that is used, no image, a quantile outside (0, 1], or norms that
-            are not finite; the network is then what it was.
+        ValueError: no decoupled convolution or none that is used, no image, a quantile or share out of its range, or
+            norms that are not finite; the network is then what it was.
     """
-    if not 0 < quantile <= 1:
+    if quantile is not None and not 0 < quantile <= 1:
         raise ValueError(f"quantile is a share in (0, 1] of the patches, got {quantile}")
-    names = _decoupled(model, "calibrate")
-    norms = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
-    shown = sys.stderr.isatty() if progress is None else progress
-    bar = tqdm(total=2 * len(names), desc="calibrate", unit="layer", disable=not shown)
-    # The bar that torch has in place of tqdm knows no step of 1 by itself.
-    fit = _Fit(names, quantile, functools.partial(bar.update, 1))
-    with _restoring_on_error(model), evaluating(model), contextlib.closing(bar):
-        images, given = _drawn(_nonempty(batches, "calibrate"), model, [*names, *norms])
-        with _answering(names, fit.answer_as_ordinary), _before_each(norms, fit.observe):
-            model(images)
-        with _answering(names, fit.calibrate), _before_each(norms, fit.move):
-            model(images)
-        if not fit.layers:
-            raise ValueError(f"{type(model).__name__} does not use its decoupled convolutions in evaluation mode")
+    if not 0 <= least_beyond < 1:
+        raise ValueError(f"least_beyond is a share in [0, 1) of the patches, got {least_beyond}")
+    most = 1 - least_beyond
+    tried = [*(share for share in TRIED if share < most), most] if quantile is None else [quantile]
+    least = least_beyond if quantile is None else 0.0
+    names = layers_of(model, "calibrate")
+    with _restoring_on_error(model), evaluating(model):
+        images, given = _drawn(nonempty(batches, "calibrate"), model, [*names, *norms_of(model)])
+        for doubt in doubts_about(images, model):
+            warnings.warn(doubt, stacklevel=3)
+        layers, found = _fitted(
+            model, images, names, (tried, least), sys.stderr.isatty() if progress is None else progress
+        )
+    return model, CalibrationReport(len(images), quantile, layers, given, *found)
+
+
+def _fitted(
+    model: nn.Module, images: Tensor, names: dict[DecoupledConv2d, str], search: Search, progress: bool
+) -> tuple[tuple[CalibratedLayer, ...], tuple[float | None, float | None]]:
+    """Calibrate a model on images; return what its layers were given, and how its logits compare with those before."""
+    fitted: dict[DecoupledConv2d, CalibratedLayer] = {}
+
+    def fit(layer: DecoupledConv2d, input: Tensor) -> None:
+        n = layer.patch_norm(input)
+        if not n.isfinite().all():
+            what = names[layer] or "the model"
+            raise ValueError(f"the inputs of {what} are not finite, so it cannot be calibrated on them")
+        error = _fit(layer, input, n, search)
+        operator = str(layer.operator)
+        fitted[layer] = CalibratedLayer(names[layer], operator, share_beyond(layer, n), error, is_depthwise(layer))
+
+    bar = tqdm(total=2 * len(names), desc="calibrate", unit="layer", disable=not progress)
+    with contextlib.closing(bar):
+        # The bar that torch has in place of tqdm knows no step of 1 by itself.
+        before, now = front_to_back(model, images, names, fit, functools.partial(bar.update, 1))
+    if not fitted:
+        raise ValueError(f"{type(model).__name__} does not use its decoupled convolutions in evaluation mode")
     unused = {layer: CalibratedLayer(name, str(layer.operator), reason="not used") for layer, name in names.items()}
-    return model, CalibrationReport(len(images), quantile, tuple({**unused, **fit.layers}.values()), given)
-
-
-@torch.no_grad()
-def diagnose(model: nn.Module, batches: Batches) -> DiagnosisReport:
-    """Return, for each decoupled convolution, how its operator meets the patches that occur, in evaluation mode.
-
-    ``print`` shows the report as a table. The norms of all patches are kept until the end.
-
-    Args:
-        batches: as :func:`calibrate` takes them; they go through the network one after another.
-
-    Raises:
-        ValueError: no decoupled convolution, or no image.
-    """
-    names = _decoupled(model, "diagnose")
-    seen = {layer: _Observations() for layer in names}
-    count = 0
-    with evaluating(model), _before_each(names, lambda layer, input: seen[layer].add(layer, input)):
-        for batch in _nonempty(batches, "diagnose"):
-            images = _images_of(batch, model)
-            model(images)
-            count += len(images)
-        # The layer is in evaluation mode, where a relative radius is that of the running mean.
-        layers = [seen[layer].summary(layer, name) for layer, name in names.items() if seen[layer].norms]
-    return DiagnosisReport(count, tuple(layers))
-
-
-@dataclasses.dataclass(frozen=True)
-class _Moments:
-    """The mean of each channel of a BatchNorm's input, and ``1 / sqrt(variance + eps)``."""
-
-    mean: Tensor
-    scale: Tensor
-
-    @classmethod
-    def of(cls, norm: _BatchNorm, input: Tensor) -> "_Moments":
-        # Many times as fast as var_mean, for all that it normalises the input, too.
-        _, mean, scale = torch.native_batch_norm(input, None, None, None, None, True, 0.0, norm.eps)
-        return cls(mean, scale)
+    return tuple({**unused, **fitted}.values()), divergence(before, now)
 
 
 def _drawn(batches: Iterable[Any], model: nn.Module, modules: Sequence[nn.Module]) -> tuple[Tensor, int]:
@@ -250,7 +227,7 @@ def _drawn(batches: Iterable[Any], model: nn.Module, modules: Sequence[nn.Module
     drawn: list[Tensor] = []
     given, most = 0, 0
     for batch in batches:
-        for image in _images_of(batch, model):
+        for image in images_of(batch, model):
             if not given:
                 most = max(1, LARGEST_ACTIVATION // _largest_input(model, image[None], modules))
             given += 1
@@ -271,185 +248,67 @@ def _largest_input(model: nn.Module, image: Tensor, modules: Sequence[nn.Module]
         nonlocal largest
         largest = max(largest, input.numel())
 
-    with _before_each(modules, look):
+    with before_each(modules, look):
         model(image)
     return largest
 
 
-class _Fit:
-    """What is done at each layer and norm, first in the ordinary network, then in the one that is being calibrated.
+def _fit(layer: DecoupledConv2d, input: Tensor, n: Tensor, search: Search) -> float:
+    """Set a layer's radius, alpha and beta by its patches, whose norms are ``n``; return the error of its answers."""
+    magnitude = layer.magnitude
+    products, energies, ordinary = _projections(layer, input)
+    radii = _radii(n, *search) if magnitude.uses_radius else [None]
+    best: tuple[float, float, float | None] | None = None
+    for radius in radii:
+        gain = magnitude.gain(n, radius)
+        product, energy = _sum(gain * products), _sum(gain * gain * energies)
+        # Without an answer, as to black images, any radius and factor are as good.
+        explained = product**2 / energy if energy else 0.0
+        if best is None or explained > best[0]:
+            best = explained, product / energy if energy else 1.0, radius
+    explained, factor, radius = best
+    if radius is not None:
+        if magnitude.running_norm is not None:
+            magnitude.running_norm.restart(n.mean())
+            radius = math.sqrt(max(radius / n.mean().item() - RADIUS_FLOOR, RADIUS_FLOOR))
+        set_constants(layer, radius=radius)
+    rescale(layer, factor)
+    return math.sqrt(max(0.0, 1 - explained / ordinary)) if ordinary else 0.0
 
-    Args:
-        names: of the layers.
-        step: is called whenever a layer answers.
+
+def _radii(n: Tensor, tried: Sequence[float], least: float) -> list[float]:
+    """Return the quantiles of norms that are tried as radius, made smaller where too few norms are larger."""
+    radii = set(quantiles_of(n, tried))
+    # Many of the largest norms are equal where images have white or black areas.
+    too_large = {radius for radius in radii if (n > radius).sum() < math.floor(least * n.numel())}
+    smaller = n[n < min(too_large)] if too_large else n[:0]
+    return sorted(radii - too_large | ({smaller.max().item()} if smaller.numel() else too_large))
+
+
+def _projections(layer: DecoupledConv2d, input: Tensor) -> tuple[Tensor, Tensor, float]:
+    """Compare the layer's answers of gain 1, ``z``, with an ordinary convolution's, ``y'``.
+
+    Returns:
+        For each patch and group, (N, groups, H', W'), the sums of ``z y'`` and ``z²`` over the filters; and the sum of
+        all ``y'²``. Whatever the gain is, the errors follow from these.
     """
-
-    def __init__(self, names: dict[DecoupledConv2d, str], quantile: float, step: Callable[[], object]) -> None:
-        self.names, self.quantile, self.step = names, quantile, step
-        self.layers: dict[DecoupledConv2d, CalibratedLayer] = {}
-        self.ordinary: dict[_BatchNorm, _Moments] = {}
-
-    def answer_as_ordinary(self, layer: DecoupledConv2d, input: Tensor) -> Tensor:
-        self.step()
-        return layer.respond(input, _PLAIN, cosine, layer.bias)
-
-    def observe(self, norm: _BatchNorm, input: Tensor) -> None:
-        self.ordinary.setdefault(norm, _Moments.of(norm, input))
-
-    def move(self, norm: _BatchNorm, input: Tensor) -> None:
-        # Once, also where a norm is used several times.
-        if before := self.ordinary.pop(norm, None):
-            now = _Moments.of(norm, input)
-            norm.running_mean += now.mean - before.mean
-            norm.running_var *= (before.scale / now.scale) ** 2
-
-    def calibrate(self, layer: DecoupledConv2d, input: Tensor) -> Tensor:
-        """Calibrate a layer when it is first used, and return its answer."""
-        self.step()
-        if layer in self.layers:
-            return layer.respond(input, layer.magnitude, layer.angular, layer.bias)
-        n = layer.patch_norm(input)
-        if not n.isfinite().all():
-            what = self.names[layer] or "the model"
-            raise ValueError(f"the inputs of {what} are not finite, so it cannot be calibrated on them")
-        if layer.magnitude.uses_radius:
-            _fit_radius(layer, n, self.quantile)
-        answer = layer.respond(input, layer.magnitude, layer.angular)
-        factor = _fit_scale(layer, input, answer)
-        beyond = _share_beyond(layer, n)
-        self.layers[layer] = CalibratedLayer(self.names[layer], str(layer.operator), beyond)
-        # Every answer is proportional to alpha and beta.
-        answer *= factor
-        return answer if layer.bias is None else answer.add_(layer.bias[:, None, None])
+    unit = Linear(weighting="linear")
+    unit.weighting = layer.magnitude.weighting
+    alike = layer.angular is cosine and unit.weighting is linearly_weighted
+    products, energies, ordinary = [], [], 0.0
+    # A few images at a time, for the answers of all of them can be large.
+    for images in input.split(8):
+        plain = layer.respond(images, PLAIN, cosine)
+        plain = plain.to(wide(plain.dtype)).unflatten(1, (layer.groups, -1))
+        answer = plain if alike else layer.respond(images, unit, layer.angular).to(plain.dtype).reshape(plain.shape)
+        products.append((answer * plain).sum(2))
+        energies.append(products[-1] if alike else answer.square().sum(2))
+        ordinary += _sum(products[-1] if alike else plain.square())
+    return torch.cat(products), torch.cat(energies), ordinary
 
 
-def _fit_radius(layer: DecoupledConv2d, n: Tensor, quantile: float) -> None:
-    """Make the radius of a layer that quantile of the norms ``n``."""
-    radius, running_norm = _quantile(n, quantile), layer.magnitude.running_norm
-    if running_norm is not None:
-        running_norm.restart(n.mean())
-        radius = math.sqrt(max(radius / n.mean().item() - RADIUS_FLOOR, RADIUS_FLOOR))
-    _set(layer, radius=radius)
-
-
-def _fit_scale(layer: DecoupledConv2d, input: Tensor, answer: Tensor) -> float:
-    """Multiply a layer's alpha and beta by what brings its answers nearest to an ordinary one's."""
-    energy = agreement = 0.0
-    # A few images at a time, for the ordinary answers of all of them can be large.
-    for part, images in zip(answer.split(8), input.split(8), strict=True):
-        energy += _inner_product(part, part)
-        agreement += _inner_product(part, layer.respond(images, _PLAIN, cosine))
-    # Without an answer, as to black images, any factor is as good.
-    factor = agreement / energy if energy else 1.0
-    for setting in ("alpha", "beta") if layer.magnitude.uses_beta else ("alpha",):
-        _set(layer, **{setting: getattr(layer.operator, setting) * factor})
-    return factor
-
-
-def _inner_product(left: Tensor, right: Tensor) -> float:
-    return (left.to(wide(left.dtype)) * right).sum().item()
-
-
-def _set(layer: DecoupledConv2d, **settings: float) -> None:
-    layer.operator = dataclasses.replace(layer.operator, **settings)
-    for name, value in settings.items():
-        held = getattr(layer.magnitude, name)
-        if isinstance(held, Tensor):
-            held.fill_(value)
-        else:
-            setattr(layer.magnitude, name, value)
-
-
-class _Observations:
-    """What is gathered of a layer, batch by batch."""
-
-    def __init__(self) -> None:
-        self.norms: list[Tensor] = []
-        self.beyond: list[float | None] = []
-        self.cosines = 0
-        # Sums over all answers: of cos, cos², squared error, squared plain answer.
-        self.sums = torch.zeros(4, dtype=torch.float64)
-
-    def add(self, layer: DecoupledConv2d, input: Tensor) -> None:
-        n = layer.patch_norm(input)
-        cos = layer.respond(input, _COSINE, cosine).double()
-        answer = layer.respond(input, layer.magnitude, layer.angular).double()
-        plain = layer.respond(input, _PLAIN, cosine).double()
-        self.norms.append(n.flatten().cpu())
-        self.beyond.append(_share_beyond(layer, n))
-        self.cosines += cos.numel()
-        self.sums += torch.stack(
-            [cos.sum(), cos.square().sum(), (answer - plain).square().sum(), plain.square().sum()]
-        ).cpu()
-
-    def summary(self, layer: DecoupledConv2d, name: str) -> DiagnosedLayer:
-        norms = torch.cat(self.norms)
-        radius = beyond = None
-        if layer.magnitude.uses_radius:
-            radius = torch.as_tensor(layer.magnitude.effective_radius(norms)).mean().item()
-            weights = torch.tensor([len(batch) for batch in self.norms], dtype=torch.float64)
-            beyond = (torch.tensor(self.beyond, dtype=torch.float64) @ weights / weights.sum()).item()
-        mean, square = (self.sums[:2] / self.cosines).tolist()
-        error, plain = self.sums[2:].sqrt().tolist()
-        return DiagnosedLayer(
-            name=name,
-            operator=str(layer.operator),
-            norms=tuple(_quantile(norms, quantile) for quantile in QUANTILES),
-            radius=radius,
-            beyond=beyond,
-            cosine_spread=math.sqrt(max(square - mean**2, 0.0)),
-            error=error / plain if plain else 0.0,
-        )
-
-
-def _share_beyond(layer: DecoupledConv2d, n: Tensor) -> float | None:
-    """Return the share of patches, norms ``n`` (N, groups, H', W'), beyond the radius; None if there is no radius."""
-    if not layer.magnitude.uses_radius:
-        return None
-    radius = layer.magnitude.effective_radius(n)
-    if isinstance(radius, Tensor) and radius.dim():
-        n, radius = n.unsqueeze(2), radius.view(layer.groups, -1, 1, 1)
-    beyond = n > radius
-    return beyond.count_nonzero().item() / beyond.numel()
-
-
-def _quantile(values: Tensor, quantile: float) -> float:
-    # torch.quantile takes 16 million values at most, and to find a value among more of them takes seconds.
-    values = values.flatten()
-    if len(values) > MOST_NORMS:
-        chosen = torch.randint(len(values), (MOST_NORMS,), generator=torch.Generator().manual_seed(0))
-        values = values[chosen.to(values.device)]
-    return values.kthvalue(max(1, math.ceil(quantile * len(values)))).values.item()
-
-
-def _decoupled(model: nn.Module, what: str) -> dict[DecoupledConv2d, str]:
-    """Return the decoupled convolutions and their first names."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"{what} takes a network, then batches, but got {type(model).__name__} as the network")
-    if type(model).__name__ == "OptimizedModule" or model._compiled_call_impl is not None:
-        raise TypeError(f"{what} takes the network before torch.compile, which would compile each step of it")
-    names = {layer: name for name, layer in decoupled_layers(model).items()}
-    if not names:
-        raise ValueError(f"nothing to {what}: {type(model).__name__} has no DecoupledConv2d; see convert_decoupled")
-    return names
-
-
-def _nonempty(batches: Batches, what: str) -> Iterator[Any]:
-    if isinstance(batches, Tensor):
-        raise TypeError(f"{what} takes a list of batches, got a tensor: put it into one, [images]")
-    empty = True
-    for batch in batches:
-        empty = False
-        yield batch
-    if empty:
-        raise ValueError(f"{what} needs at least one batch of images, got none")
-
-
-def _images_of(batch: Tensor | tuple[Tensor, ...] | list[Tensor], model: nn.Module) -> Tensor:
-    images = batch[0] if isinstance(batch, tuple | list) else batch
-    if not isinstance(images, Tensor):
-        raise TypeError(f"a batch is a tensor of images or a tuple that begins with one, got {type(images).__name__}")
-    return images.to(next(model.parameters()).device)
+def _sum(values: Tensor) -> float:
+    return values.sum(dtype=torch.float64).item()
 
 
 @contextlib.contextmanager
@@ -457,46 +316,10 @@ def _restoring_on_error(model: nn.Module) -> Iterator[None]:
     state = copy.deepcopy(model.state_dict())
     operators = {layer: layer.operator for layer in decoupled_layers(model).values()}
     try:
-        yield
+        with remembered(model):
+            yield
     except BaseException:
         for layer, operator in operators.items():
-            _set(layer, radius=operator.radius, alpha=operator.alpha, beta=operator.beta)
+            set_constants(layer, radius=operator.radius, alpha=operator.alpha, beta=operator.beta)
         model.load_state_dict(state)
         raise
-
-
-@contextlib.contextmanager
-def _answering(
-    layers: Iterable[DecoupledConv2d], function: Callable[[DecoupledConv2d, Tensor], Tensor]
-) -> Iterator[None]:
-    """Let decoupled convolutions answer what ``function`` gives for each and its input."""
-    own = {layer: vars(layer).get("forward") for layer in layers}
-    for layer in own:
-        layer.forward = functools.partial(function, layer)
-    try:
-        yield
-    finally:
-        for layer, forward in own.items():
-            del layer.forward
-            if forward is not None:
-                layer.forward = forward
-
-
-@contextlib.contextmanager
-def _before_each(modules: Iterable[Module], function: Callable[[Module, Tensor], None]) -> Iterator[None]:
-    """Call ``function`` with each of the modules and its input, before it answers."""
-
-    def look(module: Module, inputs: tuple[Tensor]) -> None:
-        function(module, inputs[0])
-
-    with _removing([module.register_forward_pre_hook(look) for module in modules]):
-        yield
-
-
-@contextlib.contextmanager
-def _removing(handles: Sequence[RemovableHandle]) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

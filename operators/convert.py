@@ -4,55 +4,27 @@ A convolution is swapped by changing its class in place: the module, its paramet
 name, ``training``, ``requires_grad``, device, dtype and memory format stay what they were.
 """
 
+import collections
 import dataclasses
 import pkgutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.conv import _ConvNd
 
+from operators.batch_norms import move_back
 from operators.conv import DecoupledConv2d, OperatorConfig, decoupled_layers
+from operators.selection import KEPT, LEFT_OUT, Filter, Selection, named_convolutions
 from operators.timm_conv import COUNTERPARTS
-
-Filter = Callable[[nn.Module, str], bool]
-
-# Modules of timm and torchvision that compute gates, not features, by class name or class name and attribute.
-GATES = frozenset(
-    {
-        "SqueezeExcite",
-        "SqueezeExcitation",
-        "SEModule",
-        "EffectiveSEModule",
-        "BlockESE",
-        "CecaModule",
-        "EcaModule",
-        "ChannelAttn",
-        "LightChannelAttn",
-        "SpatialAttn",
-        "LightSpatialAttn",
-        "GatherExcite",
-        "GlobalContext",
-        "SplitAttn",
-        "SelectiveKernelAttn",
-        "CoordAttn",
-        "SimpleCoordAttn",
-        "EfficientLocalAttn",
-        "StripAttn",
-        "GhostModuleV2.short_conv",
-    }
-)
-
-# Convolutions that are no subclass of torch's, so that the report names them, too.
-FOREIGN = frozenset({"CondConv2d", "DeformConv2d"})
-
-LEFT_OUT = "left out by filter_fn"
 
 # What those who read a configuration as timm's are told to build, in place of a network that they would build plain.
 STAND_IN = "decoupled_zoo"
 
-CHOOSE = "Pass filter_fn=lambda module, name: ... to choose the convolutions yourself."
+CHOOSE = (
+    "depthwise=True converts depthwise convolutions, too, and filter_fn=lambda module, name: ... chooses the "
+    "convolutions yourself."
+)
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -91,6 +63,13 @@ class ConversionReport:
     def skipped(self) -> tuple[LayerReport, ...]:
         return tuple(layer for layer in self.layers if not layer.converted)
 
+    def summary(self) -> str:
+        """Return in one line how many convolutions were converted, and why the others were not."""
+        reasons = collections.Counter(layer.reason for layer in self.skipped)
+        plain = f", {len(self.skipped)} plain" if reasons else ""
+        why = "; ".join(f"{count} {reason}" for reason, count in reasons.items())
+        return f"{self.operator}: {len(self.converted)} convolutions converted{plain}" + (f" ({why})" if why else "")
+
     def __str__(self) -> str:
         lines = [f"{self.operator}: {len(self.converted)} converted, {len(self.skipped)} skipped"]
         width = max((len(layer.name) for layer in self.layers), default=0)
@@ -106,6 +85,8 @@ def convert_decoupled(
     operator: OperatorConfig | str | Mapping[str, Any],
     *,
     filter_fn: Filter | None = None,
+    depthwise: bool = False,
+    keep: Sequence[str] = (),
     strict: bool = False,
 ) -> tuple[nn.Module, ConversionReport]:
     """Turn the convolutions of ``model`` into decoupled ones, in place, and return ``model`` and the report.
@@ -121,36 +102,30 @@ def convert_decoupled(
     Args:
         operator: a name such as ``"tanh_cosine"``, weighted ``"linear"``; or an :class:`OperatorConfig` or a mapping of
             its fields, which mean what they say. The report has the config that was used.
-        filter_fn: ``filter_fn(module, name)`` says whether a convolution, of any number of dimensions, is converted;
-            one that is used under several names is converted if any of them is chosen. By default everything is, but
-            gates (squeeze-excite and its kin) and a convolution that is the classifier.
-        strict: refuse a network of which some convolution would stay plain, unless ``filter_fn`` left it out.
+        filter_fn: ``filter_fn(module, name)`` alone says whether a convolution, of any number of dimensions, is
+            converted; one that is used under several names is converted if any of them is chosen. By default all are,
+            but depthwise convolutions, gates (squeeze-excite and its kin) and a convolution that is the classifier.
+        depthwise: convert depthwise convolutions, too. A patch of theirs is a few numbers of one channel, whose norm
+            is most of what they say, so that a trained network loses much.
+        keep: names of convolutions, or of modules that hold some, that stay plain; ``*``, ``?`` and ``[...]`` stand
+            for other characters, as in ``"blocks.0.*"``.
+        strict: refuse a network of which some convolution would stay plain, unless ``filter_fn`` or ``keep`` left it
+            out.
 
     Raises:
-        ValueError: nothing to convert, a network converted before, an unknown operator, or, if ``strict``,
-            convolutions that would stay plain.
+        ValueError: nothing to convert, a network converted before, an unknown operator, a name in ``keep`` that no
+            convolution has, or, if ``strict``, convolutions that would stay plain.
         TypeError: a convolution that was chosen has hooks, or ``model`` is quantised or wrapped (DDP, FSDP,
             ``torch.compile``, TorchScript).
 
         Nothing is changed then. A convolution whose ``forward`` we do not know is no error: it stays what it is, and
         the report says so.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(
-            f"convert_decoupled takes a network, then an operator, but got {type(model).__name__} as the network; "
-            "timm.create_model(NAME) makes one, load_state_dict gives it weights"
-        )
+    _refuse_what_is_no_network(model)
     config = OperatorConfig.parse({"name": operator, "weighting": "linear"} if isinstance(operator, str) else operator)
-    if filter_fn is not None and not callable(filter_fn):
-        raise TypeError(f"filter_fn is a function of a convolution and its name, got {filter_fn!r}")
-    _refuse_wrappers(model)
-    plan = _plan(model, filter_fn)
+    plan = _plan(model, Selection(model, filter_fn, depthwise, keep))
     report = ConversionReport(config, tuple(layer for _, layer in plan))
-    if not report.converted:
-        raise ValueError(
-            f"nothing to convert in {type(model).__name__}: "
-            + (f"{report}\n{CHOOSE}" if report.layers else "it has no convolution")
-        )
+    _refuse_nothing(model, report)
     if strict:
         _refuse_plain(report)
     for module, layer in plan:
@@ -164,8 +139,8 @@ def convert_decoupled(
 def revert(model: nn.Module) -> nn.Module:
     """Turn every decoupled convolution of ``model`` back into the plain one it was, in place, and return ``model``.
 
-    Filters and biases stay; what the magnitudes had learned is dropped. BatchNorm's statistics stay where
-    :func:`operators.calibrate` has moved them.
+    Filters and biases stay; what the magnitudes had learned is dropped. BatchNorm's statistics move back to where they
+    were before :func:`operators.calibrate`, unless the network was trained or saved since.
 
     Raises:
         ValueError: ``model`` has no decoupled convolution.
@@ -177,15 +152,9 @@ def revert(model: nn.Module) -> nn.Module:
         plain = pkgutil.resolve_name(layer.plain)
         del layer.magnitude, layer.operator, layer.angular
         layer.__class__ = plain
+    move_back(model)
     _name_again(model)
     return model
-
-
-def classifier_layers(root: nn.Module) -> list[nn.Module]:
-    """Return the modules of a network's classifier, of which some networks have two; none if it has no such notion."""
-    heads = root.get_classifier() if hasattr(root, "get_classifier") else ()
-    heads = heads if isinstance(heads, tuple | list) else [heads]
-    return [layer for head in heads if isinstance(head, nn.Module) for layer in head.modules()]
 
 
 def stand_in_for(model: nn.Module) -> None:
@@ -219,55 +188,33 @@ def _full_name(kind: type) -> str:
     return f"{kind.__module__}:{kind.__qualname__}"
 
 
-def _named_convolutions(model: nn.Module) -> list[tuple[nn.Module, list[str]]]:
-    """Return every convolution once, with all its names, in the network's order."""
-    found: dict[int, tuple[nn.Module, list[str]]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, _ConvNd) or type(module).__name__ in FOREIGN:
-            found.setdefault(id(module), (module, []))[1].append(name)
-    return list(found.values())
-
-
-def _reason_to_skip(root: nn.Module, module: nn.Module, names: list[str], filter_fn: Filter | None) -> str:
-    """Return why ``module`` is left alone, or ``""``."""
-    if filter_fn is not None and not any(filter_fn(module, name) for name in names):
-        return LEFT_OUT
-    if _full_name(type(module)) not in COUNTERPARTS:
-        if isinstance(module, nn.Conv2d) or type(module).__name__ in FOREIGN:
-            return "its forward is not known here; make it a plain nn.Conv2d to convert it"
-        return "not a 2-d convolution"
-    if filter_fn is None:
-        if gate := _enclosing_gate(root, names[0]):
-            return f"part of a gate ({gate}), not a feature"
-        if any(module is layer for layer in classifier_layers(root)):
-            return "the classifier, not a feature"
-    return ""
-
-
-def _plan(model: nn.Module, filter_fn: Filter | None) -> list[tuple[nn.Module, LayerReport]]:
+def _plan(model: nn.Module, selection: Selection) -> list[tuple[nn.Module, LayerReport]]:
     """Return every convolution with what becomes of it."""
-    modules = _named_convolutions(model)
+    modules = named_convolutions(model)
     _refuse_second_conversion(modules)
     plan = []
     for module, names in modules:
-        reason = _reason_to_skip(model, module, names, filter_fn)
+        reason = selection.reason_to_skip(module, names)
         if not reason:
             _refuse_hooks(module, names[0])
         plan.append((module, LayerReport(names[0], type(module).__name__, not reason, reason, tuple(names[1:]))))
     return plan
 
 
-def _enclosing_gate(root: nn.Module, name: str) -> str | None:
-    parts = name.split(".")
-    for end, part in enumerate(parts):
-        kind = type(root.get_submodule(".".join(parts[:end]))).__name__
-        for gate in (kind, f"{kind}.{part}"):
-            if gate in GATES:
-                return gate
-    return None
+def _refuse_nothing(model: nn.Module, report: ConversionReport) -> None:
+    if not report.converted:
+        raise ValueError(
+            f"nothing to convert in {type(model).__name__}: "
+            + (f"{report}\n{CHOOSE}" if report.layers else "it has no convolution")
+        )
 
 
-def _refuse_wrappers(model: nn.Module) -> None:
+def _refuse_what_is_no_network(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"convert_decoupled takes a network, then an operator, but got {type(model).__name__} as the network; "
+            "timm.create_model(NAME) makes one, load_state_dict gives it weights"
+        )
     wrappers: dict[type, str] = {
         nn.parallel.DistributedDataParallel: "convert model.module before wrapping it",
         nn.DataParallel: "convert model.module before wrapping it",
@@ -308,10 +255,10 @@ def _refuse_second_conversion(modules: list[tuple[nn.Module, list[str]]]) -> Non
 
 
 def _refuse_plain(report: ConversionReport) -> None:
-    if plain := [layer for layer in report.skipped if layer.reason != LEFT_OUT]:
+    if plain := [layer for layer in report.skipped if layer.reason not in (LEFT_OUT, KEPT)]:
         raise ValueError(
             f"strict: {len(plain)} of {len(report.layers)} convolutions would stay plain; choose those to convert by "
-            "filter_fn=lambda module, name: ..., or leave out strict:\n"
+            "filter_fn=lambda module, name: ..., depthwise=True or keep=[...], or leave out strict:\n"
             + "\n".join(f"  {layer.name or 'the model'} ({layer.kind}): {layer.reason}" for layer in plain)
         )
 

@@ -590,7 +590,7 @@ WRONG = {
     ),
     "operator of a network as it is": (
         "test --model.init_from digits_cnn6_conv --model.operator ball_cosine",
-        "test measures a network as it is, but operator and calibrate say how training begins",
+        "test measures a network as it is, but these say how training begins: operator;",
     ),
     "plain": (
         "fit --model.init_from digits_cnn6_tanh_cosine --model.operator conv",
@@ -598,7 +598,7 @@ WRONG = {
     ),
     "quantile": (
         "fit --model.init_from digits_cnn6_conv --model.operator mix_cosine --model.calibrate 2",
-        "calibrate is a quantile in (0, 1]",
+        'calibrate is "auto" or a quantile in (0, 1], got 2.0',
     ),
     "classes": (
         "fit --model.architecture_args.num_classes 5",

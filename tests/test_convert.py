@@ -129,7 +129,7 @@ def test_a_shared_module_is_converted_if_any_of_its_names_is_chosen():
 
 def test_gates_other_dimensions_and_the_classifier_are_left_alone_by_default():
     model = timm.create_model("mobilenetv3_small_050")
-    _, report = convert_decoupled(model, "tanh_cosine")
+    _, report = convert_decoupled(model, "tanh_cosine", depthwise=True)
     assert {layer.name.split(".")[-2] for layer in report.skipped} == {"se"}
     assert all("gate (SqueezeExcite)" in layer.reason for layer in report.skipped)
     assert type(model.blocks[0][0].se.conv_reduce) is nn.Conv2d
@@ -139,7 +139,7 @@ def test_gates_other_dimensions_and_the_classifier_are_left_alone_by_default():
     assert [layer.reason for layer in report.skipped] == ["not a 2-d convolution"] * 2
 
     ghost = timm.create_model("ghostnetv2_100")
-    _, report = convert_decoupled(ghost, "tanh_cosine")
+    _, report = convert_decoupled(ghost, "tanh_cosine", depthwise=True)
     assert {layer.name.split(".")[-2] for layer in report.skipped} == {"se", "short_conv"}
 
     network = nn.Sequential(nn.Conv2d(1, 2, 1), nn.Conv2d(2, 5, 1))
@@ -150,6 +150,51 @@ def test_gates_other_dimensions_and_the_classifier_are_left_alone_by_default():
     network.get_classifier = lambda: (network[1], network[2])
     _, report = convert_decoupled(network, "tanh_cosine")
     assert [layer.name for layer in report.skipped] == ["1", "2"]
+
+
+def test_depthwise_convolutions_stay_plain_unless_they_are_asked_for():
+    network = nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.Conv2d(4, 8, 3, groups=4), nn.Conv2d(8, 8, 3, groups=4), nn.Conv2d(8, 8, 3, groups=8)
+    )
+    _, report = convert_decoupled(copy.deepcopy(network), "tanh_cosine")
+    assert [(layer.name, layer.reason) for layer in report.skipped] == [("1", "depthwise"), ("3", "depthwise")]
+    assert report.summary().endswith("2 convolutions converted, 2 plain (2 depthwise)")
+    _, report = convert_decoupled(copy.deepcopy(network), "tanh_cosine", depthwise=True)
+    assert not report.skipped and report.summary().endswith("4 convolutions converted")
+    _, report = convert_decoupled(copy.deepcopy(network), "tanh_cosine", filter_fn=lambda module, name: name != "0")
+    assert [layer.name for layer in report.skipped] == ["0"]
+    with pytest.raises(ValueError, match="nothing to convert[\\s\\S]*depthwise[\\s\\S]*depthwise=True converts"):
+        convert_decoupled(nn.Conv2d(8, 8, 3, groups=8), "tanh_cosine")
+
+
+@pytest.mark.parametrize(
+    ("keep", "kept"),
+    [
+        (["stem"], ["stem.0", "stem.1"]),
+        (["stem.*"], ["stem.0", "stem.1"]),
+        (["stem.1", "head"], ["stem.1", "head"]),
+        (["blocks.?.conv"], ["blocks.0.conv", "blocks.1.conv"]),
+        (["again"], ["head"]),
+        ([], []),
+    ],
+)
+def test_convolutions_are_kept_plain_by_their_names(keep, kept):
+    head = nn.Conv2d(2, 2, 1)
+    blocks = nn.ModuleList(nn.ModuleDict({"conv": nn.Conv2d(2, 2, 1)}) for _ in range(2))
+    stem = nn.Sequential(nn.Conv2d(1, 2, 1), nn.Conv2d(2, 2, 1))
+    network = nn.ModuleDict({"stem": stem, "blocks": blocks, "head": head, "again": head})
+    _, report = convert_decoupled(network, "tanh_cosine", keep=keep, strict=True)
+    assert [layer.name for layer in report.skipped] == kept
+    assert {layer.reason for layer in report.skipped} <= {"kept plain by its name"}
+
+
+def test_names_to_keep_that_are_none_are_refused():
+    network = small_network()
+    with pytest.raises(ValueError, match="unknown convolution to keep plain 'stem'. Choose one of: 0, 2, 3"):
+        convert_decoupled(network, "tanh_cosine", keep=["0", "stem"])
+    with pytest.raises(TypeError, match="keep is a list of names, got 'stem'"):
+        convert_decoupled(network, "tanh_cosine", keep="stem")
+    assert not decoupled_layers(network)
 
 
 class ShiftedConv2d(nn.Conv2d):

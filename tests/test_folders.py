@@ -12,7 +12,7 @@ from tests.image_files import noise, write_images
 from zoo.commands.console import main
 from zoo.data import build_data
 from zoo.data.contents import Contents, class_folders
-from zoo.data.image_files import find_images, sample_files
+from zoo.data.image_files import find_images, read_files
 from zoo.models.image_formats import image_endings
 from zoo.models.transform import ImageTransform
 
@@ -36,7 +36,9 @@ def test_links_to_folders_and_images_are_followed(tmp_path):
     assert data.class_names == ["a", "b", "c"]
     found = files_of(data, "train", "val")
     assert len(found) == 2 + 4 + 3 + 2 and str(tmp_path / "train/a/more/deep/0.png") in found
-    assert len(find_images(tmp_path / "train/a")) == 6 and len(sample_files(tmp_path, 99, ImageTransform(3, 8))) == 17
+    files = find_images(tmp_path)
+    pixels, read = read_files(files, ImageTransform(3, 8))
+    assert len(find_images(tmp_path / "train/a")) == 6 and len(pixels) == 17 and read == files
 
 
 @pytest.mark.parametrize(("link", "target"), [("a/up", ""), ("a/self", "a"), ("a/over", "b"), ("b/deep/up", "b/deep")])

@@ -85,6 +85,9 @@ def check_config(config: Mapping[str, Any], path: Path) -> None:
     layers = config.get("layer_settings", {})
     if not isinstance(layers, dict) or not all(isinstance(settings, dict) for settings in layers.values()):
         raise CheckpointError(f"{path}: 'layer_settings' is malformed; fetch the checkpoint again")
+    plain = config.get("plain_layers", [])
+    if not isinstance(plain, list) or not all(isinstance(name, str) for name in plain):
+        raise CheckpointError(f"{path}: 'plain_layers' is malformed; fetch the checkpoint again")
     for described in (config.get("measured_on", {}), config["training"].get("data", {})):
         if not isinstance(described, dict) or not isinstance(described.get("arguments", {}), dict):
             raise CheckpointError(f"{path}: what it was measured or trained on is malformed; fetch it again")

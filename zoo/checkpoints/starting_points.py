@@ -3,7 +3,7 @@
 import dataclasses
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from zoo.hub.fetching import refused_token
 from zoo.hub.repository import WEIGHTS
 from zoo.models.building import build, check_size, current_name
 from zoo.models.image_model import ImageModel
-from zoo.models.spec import ModelSpec
+from zoo.models.spec import ModelSpec, composed
 
 # This stands before the name of an architecture whose weights timm has.
 TIMM = "timm:"
@@ -217,6 +217,14 @@ def _rows(tensors: Mapping[str, Any], layers: str | tuple[str, ...] | None, dime
     name = layers if isinstance(layers, str) else (layers or [None])[0]
     weight = tensors.get(f"{name}.weight")
     return None if weight is None else weight.shape[dimension]
+
+
+def wordnet_ids(class_names: Sequence[str]) -> list[str]:
+    """Return the WordNet identifiers (``"n01440764"``) of ImageNet's classes; none if these are no such classes."""
+    if list(class_names) != list(map(composed, _imagenet_names(len(class_names)))):
+        return []
+    subset = timm.data.infer_imagenet_subset({"num_classes": len(class_names)})
+    return timm.data.ImageNetInfo(subset).label_names() if subset else []
 
 
 def _imagenet_names(count: int) -> list[str]:

@@ -1,25 +1,18 @@
-"""Commands on checkpoint folders: list, verify, cards, export, convert, measure, publish."""
+"""Commands on checkpoint folders: list, verify, cards, export, measure, publish."""
 
 import dataclasses
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
 import zoo
-from operators import ConversionReport, calibrate
 from zoo.checkpoints.catalogue import PRETRAINED, find_local
 from zoo.checkpoints.config import headline, read_config
 from zoo.checkpoints.publishing import publish as publish_folder
-from zoo.checkpoints.saving import check_absent
-from zoo.checkpoints.starting_points import licence_of, start_from
 from zoo.commands.arguments import Commands, add_new_folder, checkpoint_name
-from zoo.data.augmentation import to_float
-from zoo.data.image_files import sample_files
 from zoo.data.labelled_files import LabelledFiles
 from zoo.data.measuring import data_for, measured_data
 from zoo.data.measuring import measure as measure_folder
@@ -27,16 +20,8 @@ from zoo.data.registry import DATA
 from zoo.files import write_whole
 from zoo.hub.card import model_card
 from zoo.hub.repository import CARD
-from zoo.models.conversion import convert as convert_model
-from zoo.models.names import check_name, operator_in
-from zoo.models.spec import PLAIN
-from zoo.provenance import command_of, origin, portable, program
 from zoo.training.class_accuracy import show_class_accuracies
 from zoo.training.export import export as export_folder
-from zoo.training.network import CALIBRATION_IMAGES
-
-# The quantile of the norms that becomes the radius unless another is asked for.
-QUANTILE = 0.99
 
 
 def add_commands(commands: Commands) -> None:
@@ -55,7 +40,6 @@ def add_commands(commands: Commands) -> None:
     command.set_defaults(function=write_cards)
 
     add_export(commands)
-    add_convert(commands)
     add_measure(commands)
     add_publish(commands)
 
@@ -71,27 +55,6 @@ def add_export(commands: Commands) -> None:
     command.add_argument("--half", action="store_true", help="store the weights in float16, rounded before measuring")
     add_new_folder(command)
     command.set_defaults(function=export)
-
-
-def add_convert(commands: Commands) -> None:
-    command = commands.add_parser("convert", help="make a decoupled checkpoint folder from a trained plain network")
-    command.description = "Convert a trained plain network, save it as a checkpoint folder, and show the report."
-    command.add_argument("source", help="timm:NAME, a checkpoint of the zoo, a folder, or a Hub repository")
-    command.add_argument(
-        "name", type=checkpoint_name, help="<data>_<architecture>_<operator>, e.g. imagenet_resnet50_tanh_cosine"
-    )
-    command.add_argument(
-        "--operator", help="the operator, weighted by the filters' norms, or conv; by default that in NAME"
-    )
-    command.add_argument("--weights", type=Path, help="a file (.safetensors, .pth) with the weights of timm:NAME")
-    command.add_argument("--classes", type=Path, help="a text file with the name of each class, one a line")
-    command.add_argument("--images", type=Path, help="a file or folder of images to calibrate the network on")
-    command.add_argument(
-        "--quantile", type=float, help=f"of the norms that become the radius (default: {QUANTILE}); only with --images"
-    )
-    command.add_argument("--licence", help="of the weights; by default that of the source, if it is known")
-    add_new_folder(command)
-    command.set_defaults(function=convert)
 
 
 def add_measure(commands: Commands) -> None:
@@ -180,71 +143,6 @@ def export(
     settings = {"root": root, "licence": licence, "precision": precision, "overwrite": overwrite}
     _show_metrics(export_folder(checkpoint, to / name, **settings))
     print(f"written: {to / name}")
-
-
-def convert(
-    source: str,
-    name: str,
-    *,
-    to: Path,
-    operator: str | None = None,
-    weights: Path | None = None,
-    classes: Path | None = None,
-    images: Path | None = None,
-    quantile: float | None = None,
-    licence: str | None = None,
-    overwrite: bool = False,
-) -> None:
-    """Convert a trained plain network, save it as a checkpoint folder, ``to / name``, and show the report."""
-    folder = to / name
-    # This is looked at before the weights are fetched, which can take minutes.
-    check_absent(folder, overwrite)
-    model = start_from(source, weights=weights)
-    architecture = model.spec.architecture
-    operator = operator or operator_in(name, architecture) or "<operator>"
-    check_name(name, architecture, operator)
-    if quantile is not None and not images:
-        raise ValueError("--quantile says how to calibrate, which needs --images")
-    if classes:
-        model.rename_classes(_read_classes(classes, len(model.class_names)))
-    report = None if operator == PLAIN else convert_model(model, operator)
-    calibration = "not calibrated (--images), so train it before use"
-    if report is None and images:
-        raise ValueError("a plain network is not calibrated; leave out --images, or choose an operator")
-    if images:
-        sample = to_float(sample_files(images, CALIBRATION_IMAGES, model.transform))
-        _, calibration = calibrate(model, [sample], QUANTILE if quantile is None else quantile)
-    command = command_of(*program("python -m zoo"), *sys.argv[1:])
-    training = {"converted_from": portable(source), "command": command, **origin(torch.device("cpu"))}
-    # Nothing is known of weights in a file.
-    licence = licence or ("not stated" if weights else licence_of(source))
-    zoo.save(model, folder, training=training, licence=licence, overwrite=overwrite)
-    if report is not None:
-        _show_report(report)
-        print(calibration)
-    print(f"written: {folder}")
-
-
-def _show_report(report: ConversionReport) -> None:
-    table = Table("layer", "kind", "outcome", title=str(report.operator))
-    for layer in report.layers:
-        table.add_row(layer.name, layer.kind, "converted" if layer.converted else layer.reason)
-    Console().print(table)
-
-
-def _read_classes(path: Path, count: int) -> list[str]:
-    """Read the names of ``count`` classes, each in a line of its own."""
-    try:
-        # Windows begins files with a mark that is no part of the first name.
-        names = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not in UTF-8 ({error}); save it as UTF-8") from error
-    if len(names) != count or not all(names) or len(set(names)) < count:
-        raise ValueError(
-            f"{path} has {len(names)} lines, {len(set(names) - {''})} of them different names; the network has {count} "
-            "classes, each of which needs a name of its own, one a line"
-        )
-    return names
 
 
 def measure(

@@ -31,7 +31,8 @@ DESCRIPTION = (
 )
 # The commands of each file beside this one.
 FAMILIES = {
-    "checkpoints": ("list", "verify", "cards", "export", "convert", "measure", "publish"),
+    "checkpoints": ("list", "verify", "cards", "export", "measure", "publish"),
+    "conversion": ("convert",),
     "data": ("preflight",),
     "robustness": ("robustness",),
     "recipes": ("train-zoo", "table", "reports"),

@@ -14,7 +14,6 @@ from torch import Tensor
 from zoo.data.contents import Contents, left_out
 from zoo.models.image_formats import image_endings
 from zoo.models.transform import ImageTransform
-from zoo.statistics import evenly_spaced
 
 # So many files of a split may be no readable images, unless another number is given.
 MOST_UNREADABLE = 10
@@ -64,24 +63,22 @@ def decode_each(
         return dict(result for result in results if result is not None)
 
 
-def sample_files(path: Path, count: int, transform: ImageTransform) -> Tensor:
-    """Return up to ``count`` images of a file or folder, evenly spaced over it, uint8 (N, in_chans, size, size).
+def read_files(files: Sequence[Path], transform: ImageTransform) -> tuple[Tensor, list[Path]]:
+    """Return images, uint8 (N, in_chans, size, size), and the files that they are of.
 
     Up to ``MOST_UNREADABLE`` that cannot be read are left out with a warning that names them.
 
     Raises:
-        FileNotFoundError: no such file or folder.
-        ValueError: no image, none that can be read, or more than ``MOST_UNREADABLE`` that cannot.
+        ValueError: no file can be read, or more than ``MOST_UNREADABLE`` cannot.
     """
-    files = find_images(path)
-    files = [files[place] for place in evenly_spaced(count, len(files))]
     images = empty_images(len(files), transform)
     broken = decode_each(files, transform, images.__setitem__)
     if len(broken) > min(MOST_UNREADABLE, len(files) - 1):
         raise ValueError(unreadable(broken, len(files), most=MOST_UNREADABLE))
     if broken:
         warnings.warn(unreadable(broken, len(files), " and are left out"), stacklevel=2)
-    return torch.from_numpy(images[[file not in broken for file in files]])
+    read = [place for place, file in enumerate(files) if file not in broken]
+    return torch.from_numpy(images[read]), [files[place] for place in read]
 
 
 def empty_images(count: int, transform: ImageTransform) -> np.ndarray:

@@ -88,6 +88,8 @@ def _facts(config: Mapping[str, Any], plain: bool) -> list[tuple[str, str]]:
         facts.append(("operator", f"`{json.dumps(config['operator'])}`"))
     if "layer_settings" in config:
         facts.append(("settings of single layers", f"{len(config['layer_settings'])} layers, listed in `config.json`"))
+    if config.get("plain_layers"):
+        facts.append(("ordinary convolutions", f"{len(config['plain_layers'])} layers, listed in `config.json`"))
     for key, value in config["training"].items():
         facts.append((key, str(value) if isinstance(value, str | int) else f"`{json.dumps(value)}`"))
     facts += [

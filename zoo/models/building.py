@@ -14,6 +14,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from operators import OperatorConfig, convert_decoupled, decoupled_layers
 from operators.lookup import look_up, unknown_name
+from operators.selection import plain_convolutions
 from zoo.architectures import ARCHITECTURES
 from zoo.models.image_model import ImageModel, check_input_size, default_input_size, names_of_classes, size_error
 from zoo.models.spec import PLAIN, STAND_IN, ModelSpec, name_of_today
@@ -33,6 +34,8 @@ def build(
     class_names: Sequence[str] | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
+    depthwise: bool = False,
+    keep: Sequence[str] = (),
     **architecture_args: Any,
 ) -> ImageModel:
     """Return a freshly initialised model in training mode.
@@ -48,6 +51,7 @@ def build(
         class_names: one for each class; ``"0"``, ``"1"``, ... by default.
         mean, std: of the pixels in [0, 1], one for each channel; by default those of the weights, if they are
             ``pretrained``, else ImageNet's for RGB, else 0.5 and 0.25.
+        depthwise, keep: which convolutions stay plain, as :func:`operators.convert_decoupled` takes them.
         architecture_args: further arguments of the architecture, e.g. ``batch_norm=False``.
 
     Raises:
@@ -61,9 +65,7 @@ def build(
     architecture = current_name(architecture)
     names = names_of_classes(class_names, num_classes)
     network = _build_network(architecture, len(names), in_chans, input_size, architecture_args)
-    # Pretrained weights expect the pixels that they were trained on.
-    made_for = getattr(network, "pretrained_cfg", None) if architecture_args.get("pretrained") else None
-    usual_mean, usual_std = _normalisation_of(made_for, in_chans)
+    usual_mean, usual_std = _normalisation_of(network, in_chans, architecture_args.get("pretrained"))
     spec = ModelSpec(
         # The tag after the dot names weights; the network is the same without it.
         architecture=architecture.partition(".")[0],
@@ -76,16 +78,19 @@ def build(
         # Where the first weights came from is no part of the network.
         model_args={name: value for name, value in architecture_args.items() if name != "pretrained"},
     )
-    model = _assembled(network, spec)
+    model = _assembled(network, spec, depthwise=depthwise, keep=keep)
     # The size that it is made for needs no proof, which would cost as much as an image.
     if model.spec.input_size != default_input_size(model.network):
         check_input_size(model)
     return model
 
 
-def _normalisation_of(made_for: Mapping[str, Any] | None, in_chans: int) -> tuple[Sequence[float], Sequence[float]]:
+def _normalisation_of(
+    network: nn.Module, in_chans: int, pretrained: bool | None
+) -> tuple[Sequence[float], Sequence[float]]:
     """Return the mean and std that pretrained weights expect, or else the usual ones."""
-    if not made_for:
+    made_for = getattr(network, "pretrained_cfg", None)
+    if not (pretrained and made_for):
         return usual_normalisation(in_chans)
     mean, std = made_for["mean"], made_for["std"]
     return (mean, std) if in_chans == 3 else ([sum(mean) / 3] * in_chans, [sum(std) / 3] * in_chans)
@@ -100,7 +105,9 @@ def build_from(spec: ModelSpec) -> ImageModel:
     """
     names = names_of_classes(spec.class_names, None)
     network = _build_network(spec.architecture, len(names), spec.in_chans, spec.input_size, spec.model_args)
-    return _assembled(network, spec)
+    if spec.operator is None or spec.plain_layers is None:
+        return _assembled(network, spec, depthwise=spec.operator is not None)
+    return _assembled(network, spec, filter_fn=lambda *_: True, keep=spec.plain_layers)
 
 
 def check_size(spec: ModelSpec, largest: int) -> None:
@@ -150,11 +157,14 @@ def list_architectures(own: bool = False) -> list[str]:
     return sorted(ARCHITECTURES) if own else timm.list_models()
 
 
-def _assembled(network: nn.Module, spec: ModelSpec) -> ImageModel:
-    """Return the model of a plain network, which is given the operators of the spec."""
+def _assembled(network: nn.Module, spec: ModelSpec, **selection: Any) -> ImageModel:
+    """Return the model of a plain network, whose selected convolutions are given the operators of the spec."""
     per_channel = {what: _per_channel(what, getattr(spec, what), spec.in_chans) for what in ("mean", "std")}
     if spec.operator is not None:
-        convert_decoupled(network, spec.operator)
+        convert_decoupled(network, spec.operator, **selection)
+        spec = dataclasses.replace(spec, plain_layers=plain_convolutions(network))
+    elif any(selection.values()):
+        raise ValueError(f"operator {PLAIN!r} leaves all convolutions plain; leave out {', '.join(selection)}")
     layers = decoupled_layers(network)
     for name, settings in spec.layer_settings.items():
         layer = look_up(layers, name, "decoupled layer")

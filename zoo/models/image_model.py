@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from operators import decoupled_layers
 from operators.evaluation_mode import evaluating
+from operators.selection import plain_convolutions
 from zoo.files import is_url
 from zoo.models.spec import ModelSpec
 from zoo.models.transform import ImageTransform
@@ -79,15 +80,17 @@ class ImageModel(nn.Module):
                 raise
 
     def describe(self) -> ModelSpec:
-        """Return ``spec`` with the settings that single layers have of their own, as :func:`calibrate` gives them."""
-        if self.spec.operator is None:
+        """Return ``spec`` with what single layers have of their own: their settings, or that they stay plain."""
+        layers = decoupled_layers(self.network)
+        if self.spec.operator is None or not layers:
             return self.spec
         usual = self.spec.operator.to_dict()
         own = {
             name: {field: value for field, value in layer.operator.to_dict().items() if value != usual[field]}
-            for name, layer in decoupled_layers(self.network).items()
+            for name, layer in layers.items()
         }
-        return dataclasses.replace(self.spec, layer_settings={name: values for name, values in own.items() if values})
+        settings = {name: values for name, values in own.items() if values}
+        return dataclasses.replace(self.spec, layer_settings=settings, plain_layers=plain_convolutions(self.network))
 
     @property
     def transform(self) -> ImageTransform:

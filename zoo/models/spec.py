@@ -13,6 +13,9 @@ from zoo.architectures import ARCHITECTURES
 
 PLAIN = "conv"
 
+# Fields that a description may lack.
+_OPTIONAL = ("layer_settings", "plain_layers")
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelSpec:
@@ -27,6 +30,8 @@ class ModelSpec:
         mean, std: of the pixels in [0, 1], one for each channel.
         model_args: further arguments of the architecture.
         layer_settings: by the names of convolutions, the settings of their operator that are not those of ``operator``.
+        plain_layers: of a decoupled network, the names of the convolutions that are not; None if earlier versions made
+            it, which left plain nothing but gates and a convolution that is the classifier.
     """
 
     architecture: str
@@ -38,6 +43,7 @@ class ModelSpec:
     std: tuple[float, ...]
     model_args: Mapping[str, Any]
     layer_settings: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+    plain_layers: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "class_names", tuple(map(composed, self.class_names)))
@@ -56,6 +62,8 @@ class ModelSpec:
         fields = {name: list(value) if isinstance(value, tuple) else value for name, value in vars(self).items()}
         if not self.layer_settings:
             del fields["layer_settings"]
+        if self.plain_layers is None:
+            del fields["plain_layers"]
         if self.operator is not None or self.architecture not in ARCHITECTURES:
             fields["architecture"] = STAND_IN
             fields["model_args"] = {"architecture": self.architecture, **self.model_args}
@@ -64,8 +72,10 @@ class ModelSpec:
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> "ModelSpec":
         """Return the spec that :meth:`to_dict` described; further fields are ignored."""
-        values = {field.name: fields[field.name] for field in dataclasses.fields(cls) if field.name != "layer_settings"}
+        values = {field.name: fields[field.name] for field in dataclasses.fields(cls) if field.name not in _OPTIONAL}
         values["layer_settings"] = fields.get("layer_settings", {})
+        plain = fields.get("plain_layers")
+        values["plain_layers"] = None if plain is None else tuple(plain)
         if values["architecture"] == STAND_IN:
             values["model_args"] = dict(values["model_args"])
             values["architecture"] = values["model_args"].pop("architecture", STAND_IN)

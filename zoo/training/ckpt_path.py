@@ -19,8 +19,13 @@ from zoo.resuming.folder import usable_checkpoint
 from zoo.resuming.record import RunRecord, record_of
 from zoo.training.classifier import Classifier
 
-# Settings of data that came later, and their defaults.
-LATER = {"class_weights": None, "draft": True}
+# Settings that came later, and their defaults.
+LATER = {
+    "data": {"class_weights": None, "draft": True},
+    "model": {"depthwise": False, "keep": None, "distil": 0, "teacher": None},
+}
+# Which settings of a run say how its network was made, which going on with it need not repeat.
+BEGINNING = {"init_from": None, "calibrate": None, **LATER["model"]}
 
 
 def hash_of(settings: Namespace) -> str:
@@ -30,10 +35,10 @@ def hash_of(settings: Namespace) -> str:
     # Commands are compared that name the same one, spelt in one way or another.
     del given["checkpoint"]["dirpath"]
     # Runs of earlier versions know nothing of these settings, and have their defaults.
-    images = given["data"].get("init_args", {})
-    for name, default in LATER.items():
-        if images.get(name, default) == default:
-            images.pop(name, None)
+    for settings, later in ((given["data"].get("init_args", {}), "data"), (given.get("model", {}), "model")):
+        for name, default in LATER[later].items():
+            if settings.get(name, default) == default:
+                settings.pop(name, None)
     text = json.dumps(given, sort_keys=True, default=str)
     # Runs of earlier versions have the callbacks' class paths in their hash.
     return hashlib.sha256(text.replace('"zoo.training.callbacks.', '"zoo.callbacks.').encode()).hexdigest()
@@ -98,4 +103,4 @@ def network_settings(record: RunRecord) -> dict[str, Any]:
     spec = record.spec
     network = {"architecture": spec.architecture, "architecture_args": dict(spec.model_args)}
     operator = spec.operator.to_dict() if spec.operator else PLAIN
-    return {**network, "operator": operator, "init_from": None, "calibrate": None}
+    return {**network, "operator": operator, **BEGINNING}

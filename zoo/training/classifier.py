@@ -53,8 +53,14 @@ class Classifier(L.LightningModule):
         init_from: the trained network to start from, in place of architecture and architecture_args: a checkpoint of
             the zoo, a checkpoint folder, a Hub repository (owner/name), or timm:NAME for weights that timm fetches. It
             gets a fresh classifier if its classes are not those of the images.
-        calibrate: fit layers that were just converted, before training, to that quantile of the norms that training
-            images have, e.g. 0.99; not done by default.
+        depthwise: decouple depthwise convolutions, too, which stay plain by default.
+        keep: names of convolutions, or of modules that hold some, that stay plain, e.g. [conv_stem, "blocks.0.*"].
+        calibrate: before training, fit layers that were just converted to training images: "auto" searches for each
+            layer's radius, a number such as 0.99 is the quantile of the norms that becomes it; not done by default.
+        distil: before training, so many epochs in which a network that was just converted learns to answer as its
+            teacher, without labels; none by default.
+        teacher: the trained network that it learns from, as ``init_from`` names it; the one it was converted from by
+            default.
         optimizer: "sgd" (with Nesterov momentum 0.9) or "adamw".
         learning_rate: the highest learning rate.
         backbone_learning_rate: that of all but the classifier; the same by default.
@@ -85,7 +91,11 @@ class Classifier(L.LightningModule):
         operator: str | dict[str, Any] | None = None,
         architecture_args: dict[str, Any] | None = None,
         init_from: str | None = None,
-        calibrate: float | None = None,
+        depthwise: bool = False,
+        keep: list[str] | None = None,
+        calibrate: Literal["auto"] | float | None = None,
+        distil: int = 0,
+        teacher: str | None = None,
         optimizer: Literal["sgd", "adamw"] = "adamw",
         learning_rate: float = 3e-3,
         backbone_learning_rate: float | None = None,
@@ -131,7 +141,9 @@ class Classifier(L.LightningModule):
         if self.model is None:
             # One process of each machine fetches from the Hub, and the others read what it has fetched.
             with first_alone(self.trainer):
-                model, self.source = first_network(self.hparams, data, self.trainer.state.fn.value)
+                folder = getattr(self.trainer.checkpoint_callback, "dirpath", None)
+                folder = Path(folder) if folder else None
+                model, self.source = first_network(self.hparams, data, self.trainer.state.fn.value, folder)
             self._set_model(model)
             # A network that predicts from a Lightning checkpoint is built when that is read.
             if stage != "predict" or self.hparams.init_from:

@@ -6,7 +6,7 @@ import torch
 from lightning.pytorch.strategies import SingleDeviceStrategy, Strategy
 from torch import nn
 
-from operators.convert import classifier_layers
+from operators.selection import classifier_layers
 from zoo.models.image_model import ImageModel
 
 

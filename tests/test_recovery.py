@@ -1,0 +1,175 @@
+"""What a conversion keeps: partial conversions in checkpoints, the convert command's accuracy, and distillation."""
+
+import copy
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import torchvision.transforms.v2.functional as TF
+
+import zoo
+from operators import Distillation, calibrate, decoupled_layers, fold, revert
+from zoo.checkpoints.starting_points import _imagenet_names
+from zoo.commands import console as command_line
+from zoo.commands.conversion import labels_of
+from zoo.data import Digits
+from zoo.models.conversion import convert
+
+
+def zoo_command(run, *words):
+    return run("convert", *words, main=command_line.main)
+
+
+def digit_folder(folder: Path, count: int) -> Path:
+    """Write so many of scikit-learn's digits as images, in class folders."""
+    digits = Digits()
+    images, labels = digits.evenly_spaced("train", count)
+    for place, (image, label) in enumerate(zip(images, labels.tolist(), strict=True)):
+        target = folder / "deep" / digits.class_names[label] / f"{place}.png"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        TF.to_pil_image(image).save(target)
+    return folder
+
+
+def test_the_convert_command_tells_the_accuracy_before_and_after(run):
+    digit_folder(Path("photos"), 400)
+    words = ["digits_cnn6_conv", "digits_cnn6_sphere_cosine", "--images", "photos", "--keep", "features.0"]
+    status, printed, errors = zoo_command(run, *words, "--distil", "3")
+    assert status == 0, errors
+    line = r"^(\w+): accuracy ([\d.]+)% \([\d.]+% to [\d.]+%\) on 400 images that it is fitted to"
+    told = re.findall(line, printed, re.MULTILINE)
+    assert [what for what, _ in told] == ["plain", "calibrated", "distilled"]
+    before, calibrated, distilled = (float(share) for _, share in told)
+    assert before > 99 and distilled >= calibrated > 50
+    assert "5 convolutions converted, 1 plain (1 kept plain by its name)" in printed and printed.count("\n") <= 25
+    assert "distilled for 3 epochs: divergence from the teacher" in printed
+    assert sorted(path.name for path in Path("outputs").iterdir()) == ["digits_cnn6_sphere_cosine"]
+    status, printed, errors = zoo_command(run, *words, "--overwrite", "--verbose")
+    assert status == 0 and printed.count("error ") == 5, errors
+    Path("photos/deep/other").mkdir()
+    shutil.copy(next(Path("photos/deep/1").iterdir()), "photos/deep/other")
+    status, printed, errors = zoo_command(run, *words, "--overwrite")
+    assert status == 0 and "accuracy" not in printed, errors
+
+
+def test_the_accuracy_is_that_of_other_images_if_there_are_enough(run, monkeypatch):
+    monkeypatch.setattr("zoo.commands.conversion.CALIBRATION_IMAGES", 300)
+    digit_folder(Path("photos"), 400)
+    words = ["digits_cnn6_conv", "digits_cnn6_tanh_cosine", "--images", "photos"]
+    status, printed, errors = zoo_command(run, *words)
+    assert status == 0 and printed.count("on 100 images that it is not fitted to") == 2, errors
+
+
+def test_folders_may_be_called_by_the_numbers_of_wordnet():
+    names = _imagenet_names(1000)
+    files = [Path("n01440764/a.jpg"), Path("b/n15075141/c.jpg")]
+    assert labels_of(files, names).tolist() == [0, 999]
+    assert labels_of(files, [*names[:-1], "paper"]) is None and labels_of(files, ["0", "1"]) is None
+
+
+def test_a_distillation_that_was_stopped_goes_on(run, monkeypatch):
+    digit_folder(Path("photos"), 80)
+    words = ["digits_cnn6_conv", "digits_cnn6_sphere_cosine", "--images", "photos", "--distil", "2", "--to"]
+    assert zoo_command(run, *words, "whole")[0] == 0
+    monkeypatch.setattr("zoo.training.recovery.SAVED_EVERY", 0.0)
+    step, steps = Distillation.step, []
+
+    def stopping(self, images):
+        if len(steps) == 7:
+            raise KeyboardInterrupt
+        steps.append(self.steps)
+        return step(self, images)
+
+    monkeypatch.setattr(Distillation, "step", stopping)
+    status, _, _ = zoo_command(run, *words, "stopped")
+    assert status == 130 and [path.name for path in Path("stopped").iterdir()] == [
+        ".digits_cnn6_sphere_cosine.distillation.ckpt"
+    ]
+    monkeypatch.setattr(Distillation, "step", lambda self, images: steps.append(self.steps) or step(self, images))
+    status, _, errors = zoo_command(run, *words, "stopped")
+    assert status == 0 and steps == list(range(10)), errors
+    states = [zoo.load(f"{to}/digits_cnn6_sphere_cosine").state_dict() for to in ("whole", "stopped")]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    assert [path.name for path in Path("stopped").iterdir()] == ["digits_cnn6_sphere_cosine"]
+
+
+@pytest.mark.parametrize("damage", ["bytes", "settings"])
+@pytest.mark.filterwarnings("ignore:.*is damaged")
+def test_a_state_that_is_damaged_or_of_another_distillation_is_not_taken(run, monkeypatch, damage):
+    digit_folder(Path("photos"), 40)
+    monkeypatch.setattr("zoo.training.recovery.SAVED_EVERY", 0.0)
+    words = ["digits_cnn6_conv", "digits_cnn6_sphere_cosine", "--images", "photos", "--distil"]
+    monkeypatch.setattr("zoo.training.recovery._Work.remove", lambda self: None)
+    assert zoo_command(run, *words, "1")[0] == 0
+    (state,) = Path("outputs").glob(".*.ckpt")
+    if damage == "bytes":
+        state.write_bytes(state.read_bytes()[:-100])
+    epochs = "1" if damage == "bytes" else "2"
+    status, printed, errors = zoo_command(run, *words, epochs, "--overwrite")
+    assert status == 0 and f"distilled for {epochs} epochs" in printed, errors
+
+
+@pytest.mark.parametrize("selection", [{}, {"depthwise": True}, {"keep": ["conv_stem", "blocks.2.*"]}, "filter"])
+def test_a_partial_conversion_is_kept_by_its_checkpoint(tmp_path, selection):
+    if selection == "filter":
+        selection = {"filter_fn": lambda module, name: "conv_pw" in name or "se.conv_reduce" in name}
+    name = "test_efficientnet"
+    plain = start_from_timm(name)
+    model = copy.deepcopy(plain)
+    report = convert(model, "tanh_cosine", **selection)
+    calibrate(model, [torch.rand(4, 3, 160, 160)])
+    folder = zoo.save(model, tmp_path / f"a_{name}_tanh_cosine")
+    config = json.loads((folder / "config.json").read_text())
+    assert config["plain_layers"] == [layer.name for layer in report.skipped]
+    assert f"| ordinary convolutions | {len(report.skipped)} layers" in (folder / "README.md").read_text()
+    loaded = zoo.load(folder)
+    assert list(decoupled_layers(loaded.network)) == [layer.name for layer in report.converted]
+    assert zoo.verify(folder) == []
+    images = torch.rand(2, 3, 160, 160)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(images), model.eval()(images))
+        torch.testing.assert_close(fold(loaded, images)[0](images), loaded(images), rtol=1e-3, atol=1e-3)
+        timms = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+        torch.testing.assert_close(timms((images - loaded.mean) / loaded.std), loaded(images))
+        torch.testing.assert_close(revert(model)(images), plain.eval()(images))
+    with pytest.warns(UserWarning, match="fresh classifier"):
+        wider = zoo.load(folder, num_classes=3)
+    assert list(decoupled_layers(wider.network)) == list(decoupled_layers(loaded.network))
+
+
+def start_from_timm(name: str) -> zoo.ImageModel:
+    torch.manual_seed(0)
+    return zoo.build(name, num_classes=5)
+
+
+def test_a_checkpoint_of_before_has_decoupled_depthwise_convolutions(tmp_path):
+    model = zoo.build("test_efficientnet", "tanh_cosine", depthwise=True, num_classes=5)
+    folder = zoo.save(model, tmp_path / "a_test_efficientnet_tanh_cosine")
+    config = json.loads((folder / "config.json").read_text())
+    assert all(".se." in name for name in config.pop("plain_layers"))
+    (folder / "config.json").write_text(json.dumps(config))
+    loaded = zoo.load(folder)
+    assert list(decoupled_layers(loaded.network)) == list(decoupled_layers(model.network))
+    assert loaded.describe() == model.describe()
+
+
+@pytest.mark.parametrize(
+    ("plain", "message"),
+    [(["nowhere"], "unknown convolution to keep plain 'nowhere'"), ([3], "'plain_layers' is malformed"), ("x", "malf")],
+)
+def test_wrong_names_of_plain_layers_are_refused(tmp_path, plain, message):
+    folder = zoo.save(zoo.load("digits_cnn6_tanh_cosine"), tmp_path / "digits_cnn6_tanh_cosine")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "plain_layers": plain}))
+    with pytest.raises(zoo.CheckpointError, match=message):
+        zoo.load(folder)
+
+
+def test_which_layers_stay_plain_is_no_matter_of_a_plain_network():
+    for settings in ({"depthwise": True}, {"keep": ["features.0"]}):
+        with pytest.raises(ValueError, match="operator 'conv' leaves all convolutions plain"):
+            zoo.build("cnn6", "conv", **settings)
