@@ -507,6 +507,14 @@ def test_a_frozen_backbone_stays_to_the_bit_and_then_trains(tmp_path, optimizer)
     assert set(changed) == set(snapshots[2][0]), "filters and BatchNorm's statistics"
 
 
+def test_the_statistics_of_norms_stay_and_all_else_is_trained(tmp_path):
+    classifier = fit(tmp_path, init_from="digits_cnn6_tanh_cosine", freeze_norms=True)
+    before = zoo.load("digits_cnn6_tanh_cosine").network.state_dict()
+    after = classifier.model.network.state_dict()
+    same = {name for name, value in after.items() if torch.equal(before[name], value)}
+    assert same == {name for name in before if name.endswith(("running_mean", "running_var", "num_batches_tracked"))}
+
+
 def test_a_backbone_that_stays_frozen_to_the_end_is_told(tmp_path, caplog):
     fit(tmp_path, freeze_epochs=1)
     assert "only the classifier is trained: freeze_epochs is 1, max_epochs 1" in caplog.text

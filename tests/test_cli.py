@@ -385,7 +385,8 @@ def test_a_checkpoint_of_an_earlier_version_goes_on(run):
     path = fit(run)
     checkpoint = torch.load(path, weights_only=True)
     settings = checkpoint["decoupled_zoo"]["model"]
-    for name in ("init_from", "calibrate", "freeze_epochs", "backbone_learning_rate", "mixup"):
+    later = ("depthwise", "keep", "distil", "teacher", "freeze_norms")
+    for name in ("init_from", "calibrate", "freeze_epochs", "backbone_learning_rate", "mixup", *later):
         del settings[name]
     settings["pretrained"] = None
     del checkpoint["decoupled_zoo"]["source"]

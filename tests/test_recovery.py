@@ -13,11 +13,15 @@ import torchvision.transforms.v2.functional as TF
 
 import zoo
 from operators import Distillation, calibrate, decoupled_layers, fold, revert
+from tests.command_line import SHORT, fit
 from zoo.checkpoints.starting_points import _imagenet_names
 from zoo.commands import console as command_line
 from zoo.commands.conversion import labels_of
 from zoo.data import Digits
 from zoo.models.conversion import convert
+
+# Two steps are fewer than the logging interval that real recipes have.
+pytestmark = pytest.mark.filterwarnings("ignore:The number of training batches")
 
 
 def zoo_command(run, *words):
@@ -173,3 +177,44 @@ def test_which_layers_stay_plain_is_no_matter_of_a_plain_network():
     for settings in ({"depthwise": True}, {"keep": ["features.0"]}):
         with pytest.raises(ValueError, match="operator 'conv' leaves all convolutions plain"):
             zoo.build("cnn6", "conv", **settings)
+
+
+def test_fit_converts_a_part_distils_it_and_goes_on(run):
+    words = ["--model.init_from=digits_cnn6_conv", "--model.operator=sphere_cosine", "--model.calibrate=auto"]
+    words += ["--model.keep=[features.0]", "--model.distil=1"]
+    path = fit(run, *words)
+    told = run.told()
+    assert "5 convolutions converted, 1 plain (1 kept plain by its name)" in told and "radii searched" in told
+    assert "distilled for 1 epochs" in told and not list(Path(path).parent.glob("distillation*"))
+    status, _, errors = run("fit", "--ckpt_path", path, *SHORT, "--trainer.max_epochs", 2)
+    assert status == 0, errors
+    name = "digits_cnn6_sphere_cosine"
+    status, _, errors = run("export", path, name, "--to", ".", main=command_line.main)
+    assert status == 0 and json.loads(Path(name, "config.json").read_text())["plain_layers"] == ["features.0"], errors
+    status, _, errors = run("test", "--model.init_from", name)
+    assert status == 0, errors
+
+
+def test_fit_calibrates_what_it_converts_and_nothing_else(run):
+    fit(run, "--model.init_from=digits_cnn6_tanh_cosine", "--model.calibrate=auto")
+    assert "calibrated" not in run.told()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--model.init_from digits_cnn6_conv --model.distil 1", "distil lets a network that is just converted learn"),
+        ("--model.distil -1", "distil is a number of epochs, at least 0, got -1"),
+        ("--model.teacher digits_cnn6_conv", "which needs distil, its epochs"),
+        ("--model.operator conv --model.depthwise true", "with operator conv all do"),
+        (
+            "--model.init_from digits_cnn6_conv --model.operator mix_cosine --model.distil 1 "
+            "--model.teacher cifar10_resnet20_conv",
+            "the teacher (resnet20) has other classes than the network",
+        ),
+        ("--model.operator tanh_cosine --model.keep [stem]", "unknown convolution to keep plain 'stem'"),
+    ],
+)
+def test_fit_refuses_settings_that_recover_nothing(run, words, message):
+    status, _, errors = run("fit", *words.split(), *SHORT)
+    assert status == 1 and message in errors

@@ -38,6 +38,7 @@ SETTINGS = {
     "mixup": {"operator": "conv", "mixup": 0.4, "optimizer": "sgd"},
     "averaged": {"operator": LEARNED, "ema": 0.9},
     "frozen": {"init_from": "digits_cnn6_tanh_cosine", "freeze_epochs": 2},
+    "resting": {"init_from": "digits_cnn6_tanh_cosine", "freeze_norms": True},
     "attacked": {"operator": "ball_cosine", "adversarial": AdversarialTraining(eps=0.1, steps=2)},
 }
 

@@ -22,10 +22,10 @@ from zoo.training.classifier import Classifier
 # Settings that came later, and their defaults.
 LATER = {
     "data": {"class_weights": None, "draft": True},
-    "model": {"depthwise": False, "keep": None, "distil": 0, "teacher": None},
+    "model": {"depthwise": False, "keep": None, "distil": 0, "teacher": None, "freeze_norms": False},
 }
-# Which settings of a run say how its network was made, which going on with it need not repeat.
-BEGINNING = {"init_from": None, "calibrate": None, **LATER["model"]}
+# Settings that say how a run's network was made, and what they are once it is there.
+BEGINNING = {"init_from": None, "calibrate": None, "depthwise": False, "keep": None, "distil": 0, "teacher": None}
 
 
 def hash_of(settings: Namespace) -> str:

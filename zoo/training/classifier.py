@@ -30,7 +30,7 @@ from zoo.training.adversarial import AdversarialTraining, OverfittingAlarm, alar
 from zoo.training.callbacks import MovingAverage
 from zoo.training.class_accuracy import ClassAccuracy, balanced, show_class_accuracies, told_weights
 from zoo.training.finite import SkippedSteps, refuse_bad_weights, stop_unless_finite
-from zoo.training.freezing import backbone, drop_gradients, freeze
+from zoo.training.freezing import backbone, drop_gradients, freeze, rest_norms
 from zoo.training.network import check_network_settings, described, first_network
 from zoo.training.optimisation import check_optimiser_settings, orthogonality_penalty, refuse_changes, with_schedule
 from zoo.training.sharding import check_sharding, shard
@@ -65,6 +65,8 @@ class Classifier(L.LightningModule):
         learning_rate: the highest learning rate.
         backbone_learning_rate: that of all but the classifier; the same by default.
         freeze_epochs: for so many epochs only the classifier is trained.
+        freeze_norms: whether BatchNorm keeps the statistics that it has, which few images only spoil; its factors and
+            shifts are trained all the same.
         weight_decay: of filters and fully connected weights; biases, normalisations and radii have none.
         decay_decoupled_filters: whether decoupled filters have weight decay too; the authors' have none.
         schedule: "cosine" (to 0), "step" (a tenth after 1/2, a hundredth after 3/4 of training) or "constant".
@@ -100,6 +102,7 @@ class Classifier(L.LightningModule):
         learning_rate: float = 3e-3,
         backbone_learning_rate: float | None = None,
         freeze_epochs: int = 0,
+        freeze_norms: bool = False,
         weight_decay: float = 1e-2,
         decay_decoupled_filters: bool = True,
         schedule: Literal["cosine", "step", "constant"] = "cosine",
@@ -252,6 +255,8 @@ class Classifier(L.LightningModule):
     def on_train_epoch_start(self) -> None:
         if self.hparams.freeze_epochs:
             freeze(self.model, self._frozen, self.trainer.strategy)
+        if self.hparams.freeze_norms:
+            rest_norms(self.model)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         for parameter in self.replicated:

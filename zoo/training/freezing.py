@@ -6,6 +6,7 @@ import torch
 from lightning.pytorch.strategies import SingleDeviceStrategy, Strategy
 from torch import nn
 
+from operators.batch_norms import norms_of
 from operators.selection import classifier_layers
 from zoo.models.image_model import ImageModel
 
@@ -29,6 +30,12 @@ def freeze(model: ImageModel, frozen: bool, strategy: Strategy) -> None:
     if isinstance(strategy, SingleDeviceStrategy):
         for parameter in backbone(model):
             parameter.requires_grad_(not frozen)
+
+
+def rest_norms(model: ImageModel) -> None:
+    """Let BatchNorm normalise by its running statistics, which stay what they are, until the model is told to train."""
+    for norm in norms_of(model):
+        norm.eval()
 
 
 def drop_gradients(parameters: Iterable[torch.Tensor]) -> None:

@@ -1,5 +1,6 @@
 """The network that a training begins with: built afresh, or made of a trained one."""
 
+import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,14 @@ from zoo.models.conversion import convert
 from zoo.models.image_model import ImageModel
 from zoo.models.spec import PLAIN, ModelSpec, composed
 from zoo.randomness import run_seed
-from zoo.training.recovery import CALIBRATION_IMAGES, DISTILLATION_IMAGES, calibrated, check_quantile, distilled
+from zoo.training.recovery import (
+    CALIBRATION_IMAGES,
+    DISTILLATION_IMAGES,
+    calibrated,
+    check_quantile,
+    distilled,
+    refuse_other_teacher,
+)
 
 # A distillation under way, beside the checkpoints of its run.
 DISTILLATION = "distillation.ckpt"
@@ -99,19 +107,29 @@ def _fresh(settings: Mapping[str, Any], data: ImageData) -> ImageModel:
     )
 
 
+def _teacher(settings: Mapping[str, Any], model: ImageModel) -> ImageModel | None:
+    """Return the trained network that a plain model, once it is converted, learns from; None if it does not."""
+    if not settings["distil"]:
+        return None
+    if not settings["teacher"]:
+        return copy.deepcopy(model)
+    teacher = start_from(settings["teacher"], input_size=model.spec.input_size)
+    refuse_other_teacher(model, teacher)
+    return teacher
+
+
 def _adapted(settings: Mapping[str, Any], data: ImageData, folder: Path | None) -> ImageModel:
     """Return a trained network, converted and recovered as is asked for, with the classes of the images."""
     source, operator = settings["init_from"], settings["operator"]
-    shape = {"in_chans": data.in_chans, "input_size": data.input_size}
-    model = start_from(source, **shape)
+    model = start_from(source, in_chans=data.in_chans, input_size=data.input_size)
     if operator not in (None, PLAIN):
+        teacher = _teacher(settings, model)
         report = convert(model, operator, depthwise=settings["depthwise"], keep=settings["keep"] or ())
         rank_zero_info(report.summary())
         if settings["calibrate"] is not None:
             found = calibrated(model, data.sample(CALIBRATION_IMAGES), settings["calibrate"])
             rank_zero_info(found.summary())
-        if settings["distil"]:
-            teacher = start_from(settings["teacher"] or source, **shape)
+        if teacher is not None:
             images = data.sample(DISTILLATION_IMAGES)
             work = folder / DISTILLATION if folder else None
             found = distilled(model, teacher, images, settings["distil"], seed=max(run_seed(), 0), work=work)
