@@ -148,7 +148,7 @@ def measure_calibration(rounds: int, device: torch.device) -> dict[str, Any]:
     """Return what ``calibrate`` takes, in passes of the plain network over the same images, all at once."""
     plain = NETWORKS[CALIBRATED].build().to(device, memory_format=torch.channels_last).eval()
     size = NETWORKS[CALIBRATED].size
-    images = torch.rand(CALIBRATION_IMAGES, 3, size, size, device=device).to(memory_format=torch.channels_last)
+    images = torch.randn(CALIBRATION_IMAGES, 3, size, size, device=device).to(memory_format=torch.channels_last)
 
     def calibrate_copy() -> None:
         calibrate(convert_decoupled(copy.deepcopy(plain), "tanh_cosine")[0], [images], progress=False)

@@ -252,6 +252,9 @@ def train_on_one_rank(rank, folder):
     network = nn.parallel.DistributedDataParallel(make_network())
     halves = [batch[3 * rank : 3 * rank + 3] for batch in two_batches()]
     torch.save(train_two_steps(network, halves), f"{folder}/rank{rank}.pt")
+    # A group that the network still holds when Python ends aborts the process now and then.
+    del network
+    torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
 

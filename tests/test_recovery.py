@@ -101,7 +101,15 @@ def test_a_distillation_that_was_stopped_goes_on(run, monkeypatch):
     assert [path.name for path in Path("stopped").iterdir()] == ["digits_cnn6_sphere_cosine"]
 
 
-@pytest.mark.parametrize("damage", ["bytes", "settings"])
+def other_digits() -> Path:
+    """Write a checkpoint of the same architecture and classes with other weights, and return its folder."""
+    model = zoo.load("digits_cnn6_conv")
+    with torch.no_grad():
+        model.network.fc.weight.mul_(2)
+    return zoo.save(model, "teachers/digits_cnn6_conv")
+
+
+@pytest.mark.parametrize("damage", ["bytes", "epochs", "teacher"])
 @pytest.mark.filterwarnings("ignore:.*is damaged")
 def test_a_state_that_is_damaged_or_of_another_distillation_is_not_taken(run, monkeypatch, damage):
     digit_folder(Path("photos"), 40)
@@ -112,9 +120,13 @@ def test_a_state_that_is_damaged_or_of_another_distillation_is_not_taken(run, mo
     (state,) = Path("outputs").glob(".*.ckpt")
     if damage == "bytes":
         state.write_bytes(state.read_bytes()[:-100])
-    epochs = "1" if damage == "bytes" else "2"
-    status, printed, errors = zoo_command(run, *words, epochs, "--overwrite")
-    assert status == 0 and f"distilled for {epochs} epochs" in printed, errors
+    elif damage == "teacher":
+        words[-1:] = ["--teacher", str(other_digits()), "--distil"]
+    epochs = "2" if damage == "epochs" else "1"
+    step, steps = Distillation.step, []
+    monkeypatch.setattr(Distillation, "step", lambda self, images: steps.append(self.steps) or step(self, images))
+    status, _, errors = zoo_command(run, *words, epochs, "--overwrite")
+    assert status == 0 and steps == list(range(3 * int(epochs))), errors
 
 
 @pytest.mark.parametrize("selection", [{}, {"depthwise": True}, {"keep": ["conv_stem", "blocks.2.*"]}, "filter"])

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from operators import CalibrationReport, Distillation, DistillationReport, calibrate, distil
+from zoo.checkpoints.verification import fingerprint
 from zoo.data.augmentation import augment_batch
 from zoo.models.image_model import ImageModel
 from zoo.randomness import generator_of, key_of
@@ -74,19 +75,23 @@ def distilled(
     held_out = images[::HELD_OUT]
     learnt = images[[index for index in range(len(images)) if index % HELD_OUT]] if len(images) > 1 else images
     batches = AugmentedImages(learnt, model.spec.input_size, seed)
-    state = _Work(work, {"spec": repr(model.describe()), "images": len(images), "epochs": epochs, "seed": seed})
-    with torch.autocast(device.name, torch.bfloat16, enabled=device.precision == "bf16-mixed"):
-        _, report = distil(
-            model,
-            teacher,
-            batches,
-            epochs=epochs,
-            held_out=held_out.split(BATCH),
-            state=state.found(),
-            after_step=state.save_in_time,
-        )
+    # Their answers tell networks of the same kind apart.
+    networks = [fingerprint(network) for network in (model, teacher)]
+    state = _Work(work, {"networks": networks, "images": len(images), "epochs": epochs, "seed": seed})
+    try:
+        with torch.autocast(device.name, torch.bfloat16, enabled=device.precision == "bf16-mixed"):
+            _, report = distil(
+                model,
+                teacher,
+                batches,
+                epochs=epochs,
+                held_out=held_out.split(BATCH),
+                state=state.found(),
+                after_step=state.save_in_time,
+            )
+    finally:
+        model.to(place)
     state.remove()
-    model.to(place)
     return report
 
 
