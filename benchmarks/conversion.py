@@ -8,12 +8,12 @@ from typing import Any
 import matplotlib
 from matplotlib.figure import Figure
 
-from benchmarks import calibration, finetune
+from benchmarks import imagenet
 from benchmarks.report import DOCS, read
 from zoo.figures import STYLE
 from zoo.files import write_whole
 from zoo.markdown import filled, markdown_table
-from zoo.models.spec import PLAIN
+from zoo.statistics import interval
 
 PAGE, PICTURE = DOCS / "conversion.md", DOCS / "finetune.png"
 OK = "ok"
@@ -21,11 +21,13 @@ OK = "ok"
 
 def blocks() -> dict[str, str]:
     """Return the generated parts by name."""
-    sweep, calibrated, tuned = (read(f"{name}.json") for name in ("timm_sweep", "calibration", "finetune"))
+    names = ("timm_sweep", "imagenet", "finetune", "depthwise")
+    sweep, kept, tuned, depthwise = (read(f"{name}.json") for name in names)
     return {
         "sweep": sweep_summary(sweep) + "\n\n" + sweep_table(sweep["rows"]),
-        "calibration": "\n\n".join(calibration_table(calibrated, twin) for twin in calibration.TWINS),
-        "finetune": finetune_table(tuned),
+        "imagenet": imagenet_summary(kept) + "\n\n" + imagenet_table(kept),
+        "finetune": curves_table(tuned),
+        "depthwise": curves_table(depthwise),
     }
 
 
@@ -75,39 +77,69 @@ def sweep_table(rows: Mapping[str, Any]) -> str:
     return markdown_table(header, table)
 
 
-def calibration_table(record: Mapping[str, Any], twin: str) -> str:
-    """Return the accuracies of one trained network, converted to each magnitude, in percent."""
-    rows = [row for row in record["rows"].values() if row["twin"] == twin]
-    header = ("magnitude", "quantile", "beyond the radius", "error of a layer", "converted", "calibrated", "one epoch")
+def imagenet_summary(record: Mapping[str, Any]) -> str:
+    """Say what was measured, and how well the plain network does."""
+    plain = record["plain"]
+    low, high = interval(plain["top1"], record["images"])
+    return (
+        f"`{record['architecture']}`, weights of ImageNet, {record['fitted']} photographs to fit it to and "
+        f"{record['images']} others to measure it on: the plain network names {plain['top1']:.1%} of these "
+        f"({low:.1%} to {high:.1%}; {plain['top5']:.1%} among its first five) ({record['hardware']}, torch "
+        f"{record['torch']})."
+    )
+
+
+def imagenet_table(record: Mapping[str, Any]) -> str:
+    """Return what is left of a trained network, in percent and nats, for each operator."""
+    header = (
+        "operator",
+        "converted",
+        "calibrated",
+        "divergence",
+        "distilled",
+        "divergence",
+        "all layers: calibrated",
+        "divergence",
+    )
     table = []
-    for row in rows:
-        has_radius = "beyond" in row
-        table.append(
-            (
-                row["magnitude"],
-                f"{row['quantile']:g}" if has_radius else "",
-                f"{100 * row['beyond']:.1f} %" if has_radius else "",
-                f"{row['error']:.3f}" if "error" in row else "",
-                _percent(row.get("converted")),
-                _percent(row.get("calibrated")),
-                _percent(row.get("trained")),
-            )
-        )
-    plain = next(row for row in rows if row["magnitude"] == PLAIN)
-    title = f"`{twin}`: {_percent(plain['before'])} % of {plain['images']:,} test images before conversion"
-    return f"{title} ({record['hardware']}, torch {record['torch']}).\n\n" + markdown_table(header, table)
+    for operator in imagenet.operators():
+        part, whole = (record["rows"][f"{operator} {depthwise}"] for depthwise in imagenet.DEPTHWISE)
+        found = (part["calibrated"], part.get("distilled"), whole["calibrated"])
+        after = [cell for step in found for cell in _kept(step)]
+        table.append((f"`{operator}`", f"{100 * part['converted']['top1']:.1f}", *after))
+    return markdown_table(header, table)
 
 
-def finetune_table(record: Mapping[str, Any]) -> str:
+def readme_table(record: Mapping[str, Any]) -> str:
+    """Return for the README what operators with cosine keep by default: accuracy in percent, divergence in nats."""
+    header = ("operator", "plain", "calibrated", "divergence", "distilled", "divergence")
+    plain = f"{100 * record['plain']['top1']:.1f}"
+    table = []
+    for operator in imagenet.operators(imagenet.SHOWN_ANGULARS[:1]):
+        row = record["rows"][f"{operator} {imagenet.DEPTHWISE[0]}"]
+        after = [cell for step in ("calibrated", "distilled") for cell in _kept(row.get(step))]
+        table.append((f"`{operator}`", plain, *after))
+    return markdown_table(header, table)
+
+
+def _kept(step: Mapping[str, Any] | None) -> tuple[str, str]:
+    """Return the accuracy after a step, in percent, and the divergence from the plain network, in nats."""
+    return ("", "") if step is None else (f"{100 * step['top1']:.1f}", f"{step['divergence']:.3f}")
+
+
+def curves_table(record: Mapping[str, Any]) -> str:
     """Return the mean validation accuracy after each epoch, in percent, and the range of the last one."""
-    header = ("", *(f"epoch {epoch + 1}" for epoch in range(finetune.TARGET_EPOCHS)), "last, least to most", "seconds")
+    curves = _by_variant(record)
+    epochs = len(record["rows"][0]["accuracies"])
+    header = ("", *(f"epoch {epoch + 1}" for epoch in range(epochs)), "last, least to most", "seconds")
     table = []
-    for variant, runs in _by_variant(record).items():
+    for variant, runs in curves.items():
         means = [_percent(statistics.mean(values)) for values in zip(*(run["accuracies"] for run in runs), strict=True)]
         last = [run["accuracies"][-1] for run in runs]
         seconds = f"{statistics.mean(run['seconds'] for run in runs):.0f}"
         table.append((variant, *means, f"{_percent(min(last))}–{_percent(max(last))}", seconds))
-    return markdown_table(header, table)
+    title = f"{len(runs)} seeds ({record['hardware']}, torch {record['torch']})."
+    return f"{title}\n\n" + markdown_table(header, table)
 
 
 @matplotlib.rc_context(STYLE)
@@ -129,11 +161,13 @@ def draw_finetune(record: Mapping[str, Any]) -> None:
 
 
 def _by_variant(record: Mapping[str, Any]) -> dict[str, list[Mapping[str, Any]]]:
-    return {variant: [row for row in record["rows"] if row["variant"] == variant] for variant in finetune.VARIANTS}
+    """Return the runs of each variant, in the order in which they were measured."""
+    variants = dict.fromkeys(row["variant"] for row in record["rows"])
+    return {variant: [row for row in record["rows"] if row["variant"] == variant] for variant in variants}
 
 
-def _percent(share: float | None) -> str:
-    return "" if share is None else f"{100 * share:.2f}"
+def _percent(share: float) -> str:
+    return f"{100 * share:.2f}"
 
 
 def main() -> None:

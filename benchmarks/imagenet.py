@@ -11,10 +11,10 @@ import argparse
 import copy
 import fnmatch
 import itertools
-import json
 import os
 import re
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import measure
-from operators import ANGULARS, MAGNITUDES
+from operators import MAGNITUDES
 from operators.observation import divergence
 from zoo.checkpoints.starting_points import start_from
 from zoo.data.augmentation import to_float
@@ -34,15 +34,20 @@ from zoo.training.recovery import calibrated, distilled
 OUTPUT = measure.RESULTS / "imagenet.json"
 ARCHITECTURE = "tf_efficientnet_lite0"
 SHOWN_ANGULARS = ("cosine", "square_cosine")
+# What becomes of depthwise convolutions, the default first.
+DEPTHWISE = ("plain", "decoupled")
 BATCH = 50
 DISTILLED = "*_cosine plain"
 
 
+def operators(angulars: Sequence[str] = SHOWN_ANGULARS) -> list[str]:
+    """Return the operators that are measured: every magnitude with each of the angular functions."""
+    return [f"{magnitude}_{angular}" for angular in angulars for magnitude in MAGNITUDES]
+
+
 def cells() -> list[str]:
     """Return the names of the cells: an operator, and what becomes of depthwise convolutions."""
-    angulars = [name for name in ANGULARS if name in SHOWN_ANGULARS]
-    operators = [f"{magnitude}_{angular}" for angular in angulars for magnitude in MAGNITUDES]
-    return [f"{operator} {depthwise}" for operator, depthwise in itertools.product(operators, ("plain", "decoupled"))]
+    return [f"{operator} {depthwise}" for operator, depthwise in itertools.product(operators(), DEPTHWISE)]
 
 
 class Halves:
@@ -79,7 +84,7 @@ def measure_cell(name: str, plain: ImageModel, halves: Halves, epochs: int) -> d
     """Return what is left of the plain network after each step of its conversion, and the seconds that each took."""
     operator, depthwise = name.split()
     model = copy.deepcopy(plain)
-    report = convert(model, operator, depthwise=depthwise == "decoupled")
+    report = convert(model, operator, depthwise=depthwise == DEPTHWISE[1])
     row: dict[str, Any] = {"converted": halves.measured(model), "layers": len(report.converted)}
     began = time.monotonic()
     found = calibrated(model, halves.fitted, "auto")
@@ -96,12 +101,6 @@ def _seconds(began: float) -> dict[str, float]:
     return {"seconds": round(time.monotonic() - began, 1)}
 
 
-def read_record(settings: dict[str, Any]) -> dict[str, Any]:
-    """Return what is measured already with these settings; an empty record if there is none."""
-    record = json.loads(OUTPUT.read_text(encoding="utf-8")) if OUTPUT.is_file() else {}
-    return record if record.items() >= settings.items() else {**settings, "rows": {}}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("weights", type=Path, help="a file (.safetensors, .pth)")
@@ -109,14 +108,15 @@ def main() -> None:
     parser.add_argument("--architecture", default=ARCHITECTURE, help="of timm (default: %(default)s)")
     parser.add_argument("--only", default="*", metavar="GLOB", help="only cells with such a name, e.g. 'tanh_*'")
     parser.add_argument("--distil", default=DISTILLED, metavar="GLOB", help="cells to distil (default: '%(default)s')")
-    parser.add_argument("--epochs", type=int, default=30, help="of distillation (default: %(default)s)")
+    parser.add_argument("--epochs", type=int, default=100, help="of distillation (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads (default: %(default)s)")
     parsed = parser.parse_args()
     torch.set_num_threads(parsed.threads)
     plain = start_from(f"timm:{parsed.architecture}", weights=parsed.weights)
     halves = Halves(parsed.images, plain)
     settings = {"architecture": parsed.architecture, "fitted": len(halves.fitted), "images": len(halves.images)}
-    record = {**read_record(settings), **measure.describe("cpu", parsed.threads), "plain": halves.measured(plain)}
+    record = {**settings, **measure.describe("cpu", parsed.threads), "plain": halves.measured(plain)}
+    record["rows"] = measure.earlier(OUTPUT, settings).get("rows", {})
     for name in fnmatch.filter(cells(), parsed.only):
         epochs = parsed.epochs if fnmatch.fnmatch(name, parsed.distil) else 0
         done = record["rows"].get(name, {})

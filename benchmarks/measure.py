@@ -200,6 +200,12 @@ def processor() -> str:
     return f"{facts.get('model name', platform.machine())} ({', '.join(flags) or platform.machine()})"
 
 
+def earlier(output: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a file of results has, if it was measured with these settings; else nothing."""
+    record = json.loads(output.read_text(encoding="utf-8")) if output.is_file() else {}
+    return record if record.items() >= settings.items() else {}
+
+
 def write(record: Mapping[str, Any], path: Path) -> None:
     """Write the numbers as JSON, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)

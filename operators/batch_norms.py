@@ -8,8 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from operators.kernels import wide
+
 # The attribute of a norm that holds what its statistics were before they moved, and what they became.
 _MOVED = "_statistics_before_and_after"
+Statistics = tuple[Tensor, Tensor]
+Movements = dict[_BatchNorm, tuple[Statistics, Statistics]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +26,8 @@ class Moments:
     @classmethod
     def of(cls, norm: _BatchNorm, input: Tensor) -> "Moments":
         # Many times as fast as var_mean, for all that it normalises the input, too.
-        _, mean, scale = torch.native_batch_norm(input, None, None, None, None, True, 0.0, norm.eps)
+        wider = input.to(wide(input.dtype))
+        _, mean, scale = torch.native_batch_norm(wider, None, None, None, None, True, 0.0, norm.eps)
         return cls(mean, scale)
 
 
@@ -49,19 +54,29 @@ def move_back(model: nn.Module) -> None:
             norm.running_var.copy_(before[1])
 
 
+def movements_of(model: nn.Module) -> Movements:
+    """Return the movements that the norms of a network remember."""
+    return {norm: vars(norm)[_MOVED] for norm in norms_of(model) if _MOVED in vars(norm)}
+
+
+def set_movements(model: nn.Module, movements: Movements) -> None:
+    """Let the norms of a network remember these movements, and no others."""
+    for norm in norms_of(model):
+        vars(norm).pop(_MOVED, None)
+        if norm in movements:
+            setattr(norm, _MOVED, movements[norm])
+
+
 @contextlib.contextmanager
 def remembered(model: nn.Module) -> Iterator[None]:
     """If what happens meanwhile fails, the norms remember the movements that they remembered before."""
-    before = {norm: vars(norm).get(_MOVED) for norm in norms_of(model)}
+    before = movements_of(model)
     try:
         yield
     except BaseException:
-        for norm, movement in before.items():
-            vars(norm).pop(_MOVED, None)
-            if movement is not None:
-                setattr(norm, _MOVED, movement)
+        set_movements(model, before)
         raise
 
 
-def _statistics(norm: _BatchNorm) -> tuple[Tensor, Tensor]:
+def _statistics(norm: _BatchNorm) -> Statistics:
     return norm.running_mean.clone(), norm.running_var.clone()

@@ -35,7 +35,7 @@ from operators.observation import (
 )
 from operators.selection import is_depthwise
 
-# Of values that the largest tensor of calibration may have; in float32 that is 1 GiB.
+# The largest tensor of calibration may have so many values; in float32 that is 1 GiB.
 LARGEST_ACTIVATION = 1 << 28
 # The quantiles of the norms that are tried as radius, as far as they leave enough patches beyond it.
 TRIED = (0.5, 0.75, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999, 0.9999, 1.0)
@@ -232,6 +232,9 @@ def _drawn(batches: Iterable[Any], model: nn.Module, modules: Sequence[nn.Module
                 most = max(1, LARGEST_ACTIVATION // _largest_input(model, image[None], modules))
             given += 1
             place = len(drawn) if given <= most else int(torch.randint(given, (), generator=generator))
+            if drawn and image.shape != drawn[0].shape:
+                shapes = [tuple(one.shape) for one in (drawn[0], image)]
+                raise ValueError(f"calibrate takes images of one size, got {shapes[0]} and {shapes[1]}: resize them")
             if place < most:
                 # Alone, for a part of a batch keeps the whole in memory.
                 drawn[place : place + 1] = [image.clone()]

@@ -102,9 +102,10 @@ def convert_decoupled(
     Args:
         operator: a name such as ``"tanh_cosine"``, weighted ``"linear"``; or an :class:`OperatorConfig` or a mapping of
             its fields, which mean what they say. The report has the config that was used.
-        filter_fn: ``filter_fn(module, name)`` alone says whether a convolution, of any number of dimensions, is
-            converted; one that is used under several names is converted if any of them is chosen. By default all are,
-            but depthwise convolutions, gates (squeeze-excite and its kin) and a convolution that is the classifier.
+        filter_fn: ``filter_fn(module, name)`` says whether a convolution, of any number of dimensions, is converted,
+            unless ``keep`` names it; one that is used under several names is converted if any of them is chosen. By
+            default all are, but depthwise convolutions, gates (squeeze-excite and its kin) and a convolution that is
+            the classifier.
         depthwise: convert depthwise convolutions, too. A patch of theirs is a few numbers of one channel, whose norm
             is most of what they say, so that a trained network loses much.
         keep: names of convolutions, or of modules that hold some, that stay plain; ``*``, ``?`` and ``[...]`` stand
@@ -140,7 +141,8 @@ def revert(model: nn.Module) -> nn.Module:
     """Turn every decoupled convolution of ``model`` back into the plain one it was, in place, and return ``model``.
 
     Filters and biases stay; what the magnitudes had learned is dropped. BatchNorm's statistics move back to where they
-    were before :func:`operators.calibrate`, unless the network was trained or saved since.
+    were before :func:`operators.calibrate`, unless the network was trained, distilled or saved since: then it is a
+    plain network with the filters that it has now.
 
     Raises:
         ValueError: ``model`` has no decoupled convolution.

@@ -8,25 +8,26 @@ import itertools
 import math
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.hub import tqdm
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from operators.conv import DecoupledConv2d, decoupled_layers
+from operators.batch_norms import movements_of, set_movements
+from operators.blocks import alike, comparable, recording
+from operators.conv import decoupled_layers
 from operators.evaluation_mode import evaluating
 from operators.imitation import imitate
 from operators.layer_by_layer import set_constants
 from operators.observation import Batches, divergence, doubts_about, images_of, layers_of, nonempty
 from operators.selection import classifier_layers
 
-# Images by which the layers learn one by one.
+# The layers learn one by one by so many images.
 IMITATED = 64
-# The share of the steps in which the learning rate rises from 0.
+# The learning rate rises from 0 in this share of the steps.
 WARMUP = 0.03
 
 
@@ -55,7 +56,7 @@ class DistillationReport:
         if not self.kept:
             lines.append("it became no better, and is left as it was: take more images, or a lower learning rate")
         elif self.kept <= epochs:
-            when = f"after epoch {self.kept - 1}" if self.kept > 1 else "before the first epoch"
+            when = f"after epoch {self.kept - 1}" if self.kept > 1 else "once the layers had learned one by one"
             lines.append(f"it was best {when}, and is left as it was then")
         return "\n".join(lines)
 
@@ -65,7 +66,7 @@ def distil(
     teacher: nn.Module,
     batches: Batches,
     *,
-    epochs: int = 30,
+    epochs: int = 100,
     learning_rate: float = 5e-4,
     held_out: Batches | None = None,
     progress: bool | None = None,
@@ -79,15 +80,15 @@ def distil(
     ``Σ ‖s - t‖² / ‖t‖²`` over the blocks of the network: ``t`` is what the teacher's block answers to the images, ``s``
     what the network's own does, whose input the blocks before it have made. AdamW takes its steps without weight decay,
     at a learning rate that falls to 0 as a cosine. Both networks are in evaluation mode then, so that BatchNorm's
-    statistics rest. Classifiers stay as they are: they are the teacher's.
+    statistics rest. The classifier stays as it is: it is the teacher's.
 
     Of the states after each epoch, the network ends in that which is nearest to the teacher on the held-out images; if
     none is nearer than it was, it ends as it was.
 
     Args:
         model: a network that :func:`operators.convert_decoupled` has converted and :func:`operators.calibrate` fitted.
-        teacher: the network it was made of, e.g. a copy of before. Of a teacher of another architecture with the same
-            classes, only the logits count.
+        teacher: the network it was made of, e.g. a copy of before. Of a teacher with other parameters or another
+            classifier only the logits count, for whose divergence the classifier learns, too.
         batches: a list or loader of images as both networks take them, (N, C, H, W), or of tuples that begin with them.
             An epoch goes through all of them. A loader with ``set_epoch`` is told the number of each. They should be
             augmented: a few hundred images are soon learned by heart.
@@ -101,7 +102,7 @@ def distil(
         UserWarning: most images are the same or of a single colour, or they are plainly not what the network takes.
 
     Raises:
-        TypeError: no networks, or batches that can be gone through only once.
+        TypeError: no networks, weights in half precision, or batches that can be gone through only once.
         ValueError: no decoupled convolution, no image, a teacher that shares its weights with the network or has other
             classes, or settings out of their range.
         FloatingPointError: a loss that is not finite; the network is then in its best state so far.
@@ -110,7 +111,7 @@ def distil(
     run = Distillation(model, teacher, _sized(batches), held_out, epochs, learning_rate)
     if state is not None:
         run.load_state_dict(state)
-    with evaluating(model), evaluating(teacher):
+    with evaluating(model), evaluating(teacher), _weights_cast_anew(run.parameters[0].device.type):
         try:
             _run(run, sys.stderr.isatty() if progress is None else progress, after_step or (lambda _: None))
         finally:
@@ -131,6 +132,12 @@ def _run(run: "Distillation", progress: bool, after_step: Callable[["Distillatio
                 bar.update(1)
                 after_step(run)
             run.end_epoch()
+
+
+def _weights_cast_anew(device: str) -> contextlib.AbstractContextManager[Any]:
+    """While it lasts, autocast, if it is on, keeps no copies of weights: these would stay what they were."""
+    dtype, enabled = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
+    return torch.autocast(device, dtype, enabled, cache_enabled=False)
 
 
 class Distillation:
@@ -154,12 +161,16 @@ class Distillation:
         if not 0 < learning_rate < math.inf:
             raise ValueError(f"learning_rate must be more than 0 and finite, got {learning_rate}")
         _refuse_teacher(model, teacher)
+        _refuse_half(model)
         self.model, self.teacher, self.batches = model, teacher, batches
         self.held_out = batches if held_out is None else held_out
         self.epochs, self.learning_rate = epochs, learning_rate
-        self.parameters = trained_parameters(model)
+        # Of a teacher that is not the network of before, only the logits count, and the classifier learns, too.
+        self.alike = alike(model, teacher)
+        self.parameters = _trained_parameters(model, with_classifier=not self.alike)
         self.optimizer = torch.optim.AdamW(self.parameters, lr=learning_rate, weight_decay=0.0)
-        self.points: tuple[str, ...] = ()
+        self.blocks: tuple[str, ...] = ()
+        self.movements = movements_of(model)
         # How many steps and whole epochs are done, and after how many the network was best.
         self.steps = self.epoch = self.kept = 0
         self.divergences: list[float] = []
@@ -176,7 +187,8 @@ class Distillation:
         images = images_of(first, self.model)
         for doubt in doubts_about(images, self.teacher):
             warnings.warn(doubt, stacklevel=4)
-        self.points = comparable(self.model, self.teacher, images[:1])
+        self.blocks = comparable(self.model, self.teacher, images[:1]) if self.alike else ()
+        _refuse_other_classes(self.model, self.teacher, images[:1])
         if not self.divergences:
             self._measure()
             imitate(self.model, self._some_images(), step)
@@ -206,12 +218,12 @@ class Distillation:
         """
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate * _factor(self.steps / (self.epochs * len(self.batches)))
-        with torch.no_grad(), recording(self.teacher, self.points) as expected:
+        with torch.no_grad(), recording(self.teacher, self.blocks) as expected:
             logits = self.teacher(images)
-        with torch.enable_grad(), recording(self.model, self.points) as answers:
+        with torch.enable_grad(), recording(self.model, self.blocks) as answers:
             own = self.model(images)
-            loss = sum(_relative(answers[name], expected[name]) for name in self.points)
-            if not self.points:
+            loss = sum(_relative(answers[name], expected[name]) for name in self.blocks)
+            if not self.blocks:
                 loss = F.kl_div(
                     own.float().log_softmax(1), logits.float().log_softmax(1), reduction="batchmean", log_target=True
                 )
@@ -253,20 +265,22 @@ class Distillation:
         """Put the network into the best state that it was in."""
         if self.best:
             self._take_up(self.best)
+            # A network that has learned is not what it was before calibration, even if BatchNorm's statistics are.
+            set_movements(self.model, {} if self.kept else self.movements)
 
     def _state(self) -> dict[str, Any]:
-        """Return a copy of all that distillation changes: tensors, and the scales of layers, which are none."""
-        scales = {name: [layer.operator.alpha, layer.operator.beta] for name, layer in self._layers()}
-        return {"tensors": copy.deepcopy(self.model.state_dict()), "scales": scales}
+        """Return a copy of all that makes the network what it is: tensors, and constants of layers, which are none."""
+        constants = {
+            name: [layer.operator.radius, layer.operator.alpha, layer.operator.beta]
+            for name, layer in decoupled_layers(self.model).items()
+        }
+        return {"tensors": copy.deepcopy(self.model.state_dict()), "constants": constants}
 
     def _take_up(self, state: Mapping[str, Any]) -> None:
         self.model.load_state_dict(state["tensors"])
-        for name, layer in self._layers():
-            alpha, beta = state["scales"][name]
-            set_constants(layer, alpha=alpha, beta=beta)
-
-    def _layers(self) -> Iterable[tuple[str, DecoupledConv2d]]:
-        return decoupled_layers(self.model).items()
+        for name, layer in decoupled_layers(self.model).items():
+            radius, alpha, beta = state["constants"][name]
+            set_constants(layer, radius=radius, alpha=alpha, beta=beta)
 
     def report(self) -> DistillationReport:
         """Return what was reached so far."""
@@ -282,7 +296,7 @@ class Distillation:
             "agreements": list(self.agreements),
             "best": self.best,
             "model": self._state(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": copy.deepcopy(self.optimizer.state_dict()),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -293,73 +307,11 @@ class Distillation:
             setattr(self, name, state[name])
 
 
-def trained_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """Return the parameters of a network that can be trained, but for those of its classifier."""
-    fixed = {id(parameter) for layer in classifier_layers(model) for parameter in layer.parameters(recurse=False)}
+def _trained_parameters(model: nn.Module, *, with_classifier: bool) -> list[nn.Parameter]:
+    """Return the parameters of a network that can be trained."""
+    layers = [] if with_classifier else classifier_layers(model)
+    fixed = {id(parameter) for layer in layers for parameter in layer.parameters(recurse=False)}
     return [parameter for parameter in model.parameters() if parameter.requires_grad and id(parameter) not in fixed]
-
-
-def comparable(model: nn.Module, teacher: nn.Module, images: Tensor) -> tuple[str, ...]:
-    """Return the names of the blocks whose answers can be compared.
-
-    Raises:
-        ValueError: the networks have other classes.
-    """
-    names = _blocks(model)
-    theirs = dict(teacher.named_modules())
-    common = [name for name in names if name in theirs]
-    with torch.no_grad(), recording(model, common) as own, recording(teacher, common) as expected:
-        logits, answers = teacher(images), model(images)
-    shapes = [tuple(values.shape) if isinstance(values, Tensor) else () for values in (logits, answers)]
-    if shapes[0] != shapes[1] or len(shapes[0]) != 2:
-        raise ValueError(
-            f"the teacher gives {shapes[0]} logits to a batch, and the network {shapes[1]}; take a teacher of the same "
-            "classes, such as the network that was converted"
-        )
-    return tuple(
-        name for name in common if name in own and name in expected and own[name].shape == expected[name].shape
-    )
-
-
-def _blocks(model: nn.Module) -> list[str]:
-    """Return the names of the modules that hold decoupled convolutions and are no mere containers of others.
-
-    A convolution beside its BatchNorm is told by that: its channels count alike then.
-    """
-    total = len(decoupled_layers(model))
-    found: list[str] = []
-
-    def look(module: nn.Module, name: str) -> None:
-        layers = len(decoupled_layers(module))
-        # What holds all of them is the network itself, or a wrapper of it.
-        holds = layers == total or (layers and isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict))
-        if holds and not isinstance(module, DecoupledConv2d):
-            children = [(f"{name}.{part}".removeprefix("."), child) for part, child in module.named_children()]
-            for (child_name, child), (next_name, follower) in itertools.pairwise([*children, ("", None)]):
-                normalised = isinstance(child, DecoupledConv2d) and isinstance(follower, _BatchNorm)
-                look(child, next_name if normalised else child_name)
-        elif layers:
-            found.append(name)
-
-    look(model, "")
-    return found
-
-
-@contextlib.contextmanager
-def recording(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, Tensor]]:
-    """Record the answers of modules, by their names, as far as they are single tensors."""
-    recorded: dict[str, Tensor] = {}
-
-    def record(name: str, module: nn.Module, inputs: Any, answer: Any) -> None:
-        if isinstance(answer, Tensor):
-            recorded[name] = answer
-
-    handles = [model.get_submodule(name).register_forward_hook(functools.partial(record, name)) for name in names]
-    try:
-        yield recorded
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _relative(answer: Tensor, expected: Tensor) -> Tensor:
@@ -391,4 +343,22 @@ def _refuse_teacher(model: nn.Module, teacher: nn.Module) -> None:
         raise ValueError(
             "the teacher shares its weights with the network, and would change with it: convert a copy of it "
             "(copy.deepcopy), and let the original be the teacher"
+        )
+
+
+def _refuse_half(model: nn.Module) -> None:
+    halves = {parameter.dtype for parameter in model.parameters()} & {torch.float16, torch.bfloat16}
+    if halves:
+        raise TypeError(
+            f"small steps are lost in weights of {halves.pop()}: distil model.float(), under torch.autocast for speed"
+        )
+
+
+@torch.no_grad()
+def _refuse_other_classes(model: nn.Module, teacher: nn.Module, images: Tensor) -> None:
+    own, theirs = (getattr(network(images), "shape", ()) for network in (model, teacher))
+    if own != theirs or len(own) != 2 or own[1] < 2:
+        raise ValueError(
+            f"distil compares logits of two or more classes: the teacher gives {tuple(theirs)} to a batch, and the "
+            f"network {tuple(own)}; take a teacher of the same classes, such as the network that was converted"
         )

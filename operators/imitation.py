@@ -37,8 +37,9 @@ def _turn(layer: DecoupledConv2d, input: Tensor) -> None:
     expected = layer.respond(input, PLAIN, cosine)
     before, filters = _correlation(_answers(layer, input), expected), layer.weight.clone()
     _climb(layer, input, expected)
-    worse = _correlation(_answers(layer, input), expected) <= before
-    layer.weight[worse] = filters[worse]
+    # What is no number is not better, either.
+    better = _correlation(_answers(layer, input), expected) > before
+    layer.weight[~better] = filters[~better]
     fit_scale(layer, _answers(layer, input), expected)
 
 

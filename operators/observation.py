@@ -16,7 +16,7 @@ from operators.magnitude import Linear
 
 Batches = Iterable[Tensor | tuple[Tensor, ...] | list[Tensor]]
 
-# Of norms among which a quantile is looked for; of more, so many are drawn at random.
+# A quantile is looked for among so many norms, drawn at random if there are more.
 MOST_NORMS = 1 << 22
 
 # Ordinary convolutions, written as a magnitude.

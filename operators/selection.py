@@ -124,11 +124,12 @@ class Selection:
 
 def _matching(names: Sequence[str], patterns: Sequence[str]) -> set[str]:
     """Return the names that patterns match, or that lie in a module whose name one matches."""
-    if isinstance(patterns, str) or not all(isinstance(pattern, str) for pattern in patterns):
+    listed = [] if isinstance(patterns, str) else [*patterns]
+    if isinstance(patterns, str) or not all(isinstance(pattern, str) for pattern in listed):
         raise TypeError(f"keep is a list of names, got {patterns!r}")
     found: set[str] = set()
-    for pattern in patterns:
-        wanted = [*fnmatch.filter(names, pattern), *fnmatch.filter(names, f"{pattern}.*")]
+    for pattern in listed:
+        wanted = [name for name in names if any(fnmatch.fnmatchcase(name, glob) for glob in (pattern, f"{pattern}.*"))]
         if not wanted:
             raise ValueError(unknown_name("convolution to keep plain", pattern, names[:5], unlisted=names[5:]))
         found.update(wanted)

@@ -8,7 +8,17 @@ import torch
 from torch import nn
 
 import zoo
-from operators import Distillation, calibrate, convert_decoupled, decoupled_layers, distil, distillation, imitation
+from operators import (
+    Distillation,
+    blocks,
+    calibrate,
+    convert_decoupled,
+    decoupled_layers,
+    distil,
+    distillation,
+    imitation,
+    revert,
+)
 from zoo.data import Digits
 from zoo.models.conversion import convert
 
@@ -141,9 +151,49 @@ def test_of_a_teacher_of_another_architecture_the_logits_count():
     teacher = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)).eval()
     run = Distillation(model, teacher, batches(), None, 1, 1e-3)
     run.begin()
-    assert run.points == ()
+    assert run.blocks == ()
     _, report = distil(model, teacher, batches(), epochs=20, learning_rate=1e-2)
     assert report.divergences[report.kept] < report.divergences[0]
+
+
+def test_of_a_teacher_of_the_same_architecture_with_another_classifier_the_logits_count():
+    model, teacher = pair()
+    with torch.no_grad():
+        teacher.head.weight.copy_(-teacher.head.weight)
+    before = state_of(model)
+    _, report = distil(model, teacher, batches(), epochs=20, learning_rate=1e-2)
+    assert report.divergences[report.kept] < 0.5 * report.divergences[0]
+    assert not torch.equal(model.head.weight, before["head.weight"])
+
+
+def test_under_autocast_plain_layers_learn_too_and_what_is_measured_is_what_is_kept():
+    torch.manual_seed(0)
+    teacher = Small().eval()
+    model, _ = convert_decoupled(copy.deepcopy(teacher), "sphere_cosine", keep=["stem"])
+    calibrate(model, batches())
+    before, held_out = state_of(model), batches(1)
+    with torch.autocast("cpu", torch.bfloat16):
+        _, report = distil(model, teacher, batches(), epochs=3, held_out=held_out)
+    assert report.kept > 1 and not torch.equal(model.stem[0].weight, before["stem.0.weight"])
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        _, distance = distillation.divergence(teacher(held_out[0]), model.eval()(held_out[0]))
+    assert distance == report.divergences[report.kept]
+
+
+def test_a_network_that_learned_is_reverted_with_the_statistics_that_it_has():
+    model, teacher = pair()
+    distil(model, teacher, batches(), epochs=3)
+    moved = model.stem[1].running_mean.clone()
+    assert torch.equal(revert(model).stem[1].running_mean, moved)
+    assert not torch.equal(moved, teacher.stem[1].running_mean)
+
+
+def test_a_network_that_did_not_learn_is_reverted_to_what_it_was(monkeypatch):
+    model, teacher = pair("tanh_square_cosine")
+    distances = iter([1.0, 2.0, 2.0])
+    monkeypatch.setattr(distillation, "divergence", lambda *_: (0.5, next(distances)))
+    distil(model, teacher, batches(), epochs=1, held_out=batches(1))
+    assert same(revert(model).state_dict(), teacher.state_dict())
 
 
 @pytest.mark.parametrize(
@@ -153,16 +203,20 @@ def test_of_a_teacher_of_another_architecture_the_logits_count():
 def test_blocks_are_compared_and_not_what_holds_them(architecture, first, count):
     teacher = timm.create_model(architecture).eval()
     model, _ = convert_decoupled(copy.deepcopy(teacher), "tanh_cosine")
-    points = distillation.comparable(model, teacher, torch.randn(1, 3, 64, 64))
-    assert points[0] == first and len(points) == count
+    names = blocks.comparable(model, teacher, torch.randn(1, 3, 64, 64))
+    assert names[0] == first and len(names) == count
 
 
 def test_what_is_no_teacher_is_refused():
     model, teacher = pair()
     with pytest.raises(ValueError, match="shares its weights with the network[\\s\\S]*convert a copy"):
         distil(model, model, batches())
-    with pytest.raises(ValueError, match=r"the teacher gives \(1, 5\) logits to a batch, and the network \(1, 3\)"):
+    with pytest.raises(ValueError, match=r"the teacher gives \(1, 5\) to a batch, and the network \(1, 3\)"):
         distil(model, Small(5), batches())
+    with pytest.raises(ValueError, match=r"logits of two or more classes: the teacher gives \(1, 1\)"):
+        distil(convert_decoupled(Small(1), "tanh_cosine")[0], Small(1), batches())
+    with pytest.raises(TypeError, match="small steps are lost in weights of torch.bfloat16: distil model.float()"):
+        distil(copy.deepcopy(model).bfloat16(), teacher, batches())
     with pytest.raises(TypeError, match="the teacher is a network, got str"):
         distil(model, "resnet50", batches())
     with pytest.raises(ValueError, match="nothing to distil: Small has no DecoupledConv2d"):

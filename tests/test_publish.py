@@ -44,6 +44,18 @@ def test_what_is_published_is_loaded_by_everyone_with_the_same_logits(server, mo
     torch.testing.assert_close(network(normalised), EXPECTED)
 
 
+def test_a_partial_conversion_is_published_as_such(server, tmp_path):
+    model = zoo.build("test_efficientnet", "tanh_cosine", keep=["conv_stem"], num_classes=3, input_size=64).eval()
+    metrics = [zoo.Metric("accuracy", 0.5, "a", "test", 2)]
+    training = {"command": "none", "commit": "none", "hardware": "none"}
+    folder = tmp_path / "a_test_efficientnet_tanh_cosine"
+    commit = publish(zoo.save(model, folder, metrics=metrics, training=training, licence="mit"), "me/part")
+    images = torch.rand(2, 3, 64, 64)
+    assert torch.equal(zoo.load("me/part", revision=commit)(images), model(images))
+    network = timm.create_model(f"hf-hub:me/part@{commit}", pretrained=True).eval()
+    torch.testing.assert_close(network((images - model.mean) / model.std), model(images))
+
+
 @pytest.mark.parametrize("operator", ["conv", {"name": "ball_cosine", "weighting": "linear", "radius": 3.0}])
 @pytest.mark.parametrize("architecture", ["resnet20", "test_resnet"])
 def test_timm_loads_a_folder_with_its_operator_and_settings(tmp_path, architecture, operator):

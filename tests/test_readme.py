@@ -102,3 +102,4 @@ def test_the_costs_are_what_was_measured():
 def test_the_page_on_conversion_is_what_was_measured():
     page = conversion.PAGE.read_text(encoding="utf-8")
     assert page == filled(page, conversion.blocks())
+    assert conversion.readme_table(report.read("imagenet.json")) in README

@@ -18,7 +18,9 @@ from zoo.checkpoints.starting_points import _imagenet_names
 from zoo.commands import console as command_line
 from zoo.commands.conversion import labels_of
 from zoo.data import Digits
+from zoo.data.unlabelled import UnlabelledImages
 from zoo.models.conversion import convert
+from zoo.training.recovery import distilled
 
 # Two steps are fewer than the logging interval that real recipes have.
 pytestmark = pytest.mark.filterwarnings("ignore:The number of training batches")
@@ -44,7 +46,7 @@ def test_the_convert_command_tells_the_accuracy_before_and_after(run):
     words = ["digits_cnn6_conv", "digits_cnn6_sphere_cosine", "--images", "photos", "--keep", "features.0"]
     status, printed, errors = zoo_command(run, *words, "--distil", "3")
     assert status == 0, errors
-    line = r"^(\w+): accuracy ([\d.]+)% \([\d.]+% to [\d.]+%\) on 400 images that it is fitted to"
+    line = r"^(\w+): accuracy ([\d.]+)% \([\d.]+% to [\d.]+%\) on 80 images that it is not fitted to"
     told = re.findall(line, printed, re.MULTILINE)
     assert [what for what, _ in told] == ["plain", "calibrated", "distilled"]
     before, calibrated, distilled = (float(share) for _, share in told)
@@ -101,6 +103,39 @@ def test_a_distillation_that_was_stopped_goes_on(run, monkeypatch):
     assert [path.name for path in Path("stopped").iterdir()] == ["digits_cnn6_sphere_cosine"]
 
 
+@pytest.mark.parametrize(("channels", "size"), [(1, 8), (3, 20)])
+def test_images_to_learn_by_follow_from_seed_and_epoch(channels, size):
+    images = torch.rand(7, channels, 32, 32)
+    batches = UnlabelledImages(images, size, 3, seed=1)
+    state = torch.get_rng_state()
+    first = list(batches)
+    assert len(batches) == 3 and [tuple(batch.shape) for batch in first] == [
+        (n, channels, size, size) for n in (3, 3, 1)
+    ]
+    assert all(0 <= batch.min() and batch.max() <= 1 for batch in first)
+    assert all(torch.equal(left, right) for left, right in zip(first, batches, strict=True))
+    batches.set_epoch(1)
+    others = [next(iter(batches)), next(iter(UnlabelledImages(images, size, 3, seed=2)))]
+    assert not any(torch.equal(first[0], other) for other in others)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "size", "learnt"),
+    [("cnn6", 8, 8), ("test_efficientnet", 64, 64), ("test_efficientnet", 224, 144), ("test_vit", 160, 160)],
+)
+def test_networks_of_photographs_learn_by_smaller_ones_if_they_take_them(monkeypatch, architecture, size, learnt):
+    plain = zoo.build(architecture, num_classes=3, in_chans=3, input_size=size)
+    model = copy.deepcopy(plain)
+    convert(model, "tanh_cosine")
+    step, shapes = Distillation.step, []
+    monkeypatch.setattr(
+        Distillation, "step", lambda self, images: shapes.append(images.shape[2:]) or step(self, images)
+    )
+    distilled(model, plain, torch.rand(4, 3, size, size), 1)
+    assert set(shapes) == {(learnt, learnt)}
+
+
 def other_digits() -> Path:
     """Write a checkpoint of the same architecture and classes with other weights, and return its folder."""
     model = zoo.load("digits_cnn6_conv")
@@ -109,14 +144,15 @@ def other_digits() -> Path:
     return zoo.save(model, "teachers/digits_cnn6_conv")
 
 
-@pytest.mark.parametrize("damage", ["bytes", "epochs", "teacher"])
-@pytest.mark.filterwarnings("ignore:.*is damaged")
+@pytest.mark.parametrize("damage", ["none", "bytes", "epochs", "teacher"])
+@pytest.mark.filterwarnings("ignore:.*is damaged", "ignore:.*is of a distillation of other networks")
 def test_a_state_that_is_damaged_or_of_another_distillation_is_not_taken(run, monkeypatch, damage):
     digit_folder(Path("photos"), 40)
     monkeypatch.setattr("zoo.training.recovery.SAVED_EVERY", 0.0)
     words = ["digits_cnn6_conv", "digits_cnn6_sphere_cosine", "--images", "photos", "--distil"]
-    monkeypatch.setattr("zoo.training.recovery._Work.remove", lambda self: None)
-    assert zoo_command(run, *words, "1")[0] == 0
+    with monkeypatch.context() as full:
+        full.setattr("zoo.save", lambda *_, **__: (_ for _ in ()).throw(OSError("no space left")))
+        assert zoo_command(run, *words, "1")[0] == 1
     (state,) = Path("outputs").glob(".*.ckpt")
     if damage == "bytes":
         state.write_bytes(state.read_bytes()[:-100])
@@ -125,8 +161,9 @@ def test_a_state_that_is_damaged_or_of_another_distillation_is_not_taken(run, mo
     epochs = "2" if damage == "epochs" else "1"
     step, steps = Distillation.step, []
     monkeypatch.setattr(Distillation, "step", lambda self, images: steps.append(self.steps) or step(self, images))
-    status, _, errors = zoo_command(run, *words, epochs, "--overwrite")
-    assert status == 0 and steps == list(range(3 * int(epochs))), errors
+    status, _, errors = zoo_command(run, *words, epochs)
+    assert status == 0 and steps == ([] if damage == "none" else list(range(3 * int(epochs)))), errors
+    assert not list(Path("outputs").glob(".*.ckpt"))
 
 
 @pytest.mark.parametrize("selection", [{}, {"depthwise": True}, {"keep": ["conv_stem", "blocks.2.*"]}, "filter"])
@@ -218,7 +255,8 @@ def test_fit_calibrates_what_it_converts_and_nothing_else(run):
         ("--model.init_from digits_cnn6_conv --model.distil 1", "distil lets a network that is just converted learn"),
         ("--model.distil -1", "distil is a number of epochs, at least 0, got -1"),
         ("--model.teacher digits_cnn6_conv", "which needs distil, its epochs"),
-        ("--model.operator conv --model.depthwise true", "with operator conv all do"),
+        ("--model.operator conv --model.depthwise true", "with operator conv, leave them out"),
+        ("--model.init_from digits_cnn6_conv --model.keep [features.0]", "without operator, or with operator conv"),
         (
             "--model.init_from digits_cnn6_conv --model.operator mix_cosine --model.distil 1 "
             "--model.teacher cifar10_resnet20_conv",

@@ -240,6 +240,7 @@ def test_the_convert_command_takes_a_plain_checkpoint(run):  # noqa: F811
     ("words", "message"),
     [
         ("digits_cnn6_conv digits_cnn6_mixx_cosine", "unknown operator 'mixx_cosine'. Did you mean 'mix_cosine'"),
+        ("digits_cnn6_conv digits --operator mixx_cosine", "unknown operator 'mixx_cosine'. Did you mean 'mix_cosine'"),
         ("digits_cnn6_conv photos --operator mix_cosine", "is called <data>_cnn6_mix_cosine, got 'photos'"),
         ("digits_cnn6_conv digits", "is called <data>_cnn6_<operator>, got 'digits'"),
         ("digits_cnn6_conv _cnn6_mix_cosine", "is called <data>_cnn6_mix_cosine, got '_cnn6_mix_cosine'"),
@@ -250,13 +251,18 @@ def test_the_convert_command_takes_a_plain_checkpoint(run):  # noqa: F811
             "classes.txt has 2 lines, 2 of them",
         ),
         ("digits_cnn6_tanh_cosine digits_cnn6_mix_cosine", "the network is tanh_cosine already"),
-        ("digits_cnn6_conv digits_cnn6_conv --images here", "a plain network is neither converted nor fitted"),
+        ("digits_cnn6_conv digits_cnn6_conv --images here", "a plain network is not converted: leave out"),
         ("digits_cnn6_conv digits_cnn6_mix_cosine --images nowhere", "no image file or folder nowhere"),
         ("digits_cnn6_conv digits_cnn6_mix_cosine --images here --quantile 2", r"quantile is a share in \(0, 1\]"),
         ("digits_cnn6_conv digits_cnn6_mix_cosine --quantile 0.9", "--quantile 0.9 says how .* needs --images"),
         ("digits_cnn6_conv digits_cnn6_mix_cosine --distil 2", "--distil 2 says how .* needs --images"),
         ("digits_cnn6_conv digits_cnn6_mix_cosine --images here --teacher mnist_cnn6_conv", "needs --distil"),
         ("digits_cnn6_conv digits_cnn6_mix_cosine --images here --least-beyond 1", r"least_beyond is .* in \[0, 1\)"),
+        ("digits_cnn6_conv digits_cnn6_mix_cosine --least-beyond 0.1", "--least-beyond 0.1 says how .* needs --images"),
+        (
+            "digits_cnn6_conv digits_cnn6_mix_cosine --images here --least-beyond 0.1 --quantile 0.9",
+            "--least-beyond bounds radii that are searched for, and --quantile says them",
+        ),
         ("digits_cnn6_conv digits_cnn6_mix_cosine --keep stem", "unknown convolution to keep plain 'stem'"),
         (
             "digits_cnn6_conv digits_cnn6_mix_cosine --images here --distil 1 --teacher cifar10_resnet20_conv",

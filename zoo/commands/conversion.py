@@ -1,10 +1,9 @@
 """The command that makes a decoupled checkpoint folder from a trained plain network."""
 
 import argparse
-import copy
 import dataclasses
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,13 @@ from zoo.models.names import check_name, operator_in
 from zoo.models.spec import PLAIN, composed
 from zoo.provenance import command_of, origin, portable, program
 from zoo.statistics import evenly_spaced, interval
-from zoo.training.recovery import CALIBRATION_IMAGES, DISTILLATION_IMAGES, calibrated, distilled, refuse_other_teacher
+from zoo.training.recovery import (
+    CALIBRATION_IMAGES,
+    DISTILLATION_IMAGES,
+    calibrated,
+    distilled,
+    teacher_of,
+)
 
 # Accuracy is measured on so many images, and on others than the network was fitted to if there are as many as this.
 MEASURED_IMAGES, WORTH_MEASURING = 500, 50
@@ -80,14 +85,13 @@ def _add_recovery(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--least-beyond",
         type=float,
-        default=0.001,
-        help="share of patches whose norm stays larger than a radius that is searched for (default: %(default)s)",
+        help="share of patches whose norm stays larger than a radius that is searched for; 0.001 by default",
     )
     command.add_argument(
         "--distil",
         type=positive(int),
         metavar="EPOCHS",
-        help="let the network learn from the plain one, without labels, for so many epochs (30 are usual)",
+        help="let the network learn from the plain one, without labels, for so many epochs (100 are usual)",
     )
     command.add_argument("--teacher", help="another trained network to learn from, with the same classes")
 
@@ -96,7 +100,7 @@ def _add_recovery(command: argparse.ArgumentParser) -> None:
 class Images:
     """Images of a folder: those the network is fitted to, and, with labels, those its accuracy is measured on."""
 
-    fitted: Tensor | None
+    fitted: Tensor
     measured: tuple[Tensor, Tensor] | None
     others: bool
 
@@ -104,6 +108,9 @@ class Images:
     def of(cls, path: Path, most: int, model: ImageModel) -> "Images":
         """Read up to ``most`` images, evenly spaced, to fit a model to, and others if there are enough."""
         files = find_images(path)
+        # One in five stays to be measured on, if there are enough.
+        if labels_of(files, model.class_names) is not None and len(files) >= 5 * WORTH_MEASURING:
+            most = min(most, len(files) - len(files) // 5)
         places = evenly_spaced(most, len(files))
         chosen = [files[place] for place in places]
         rest = [file for place, file in enumerate(files) if place not in set(places)]
@@ -147,7 +154,7 @@ def convert(
     keep: Sequence[str] = (),
     images: Path | None = None,
     quantile: float | None = None,
-    least_beyond: float = 0.001,
+    least_beyond: float | None = None,
     distil: int | None = None,
     teacher: str | None = None,
     licence: str | None = None,
@@ -158,79 +165,74 @@ def convert(
     folder = to / name
     # This is looked at before the weights are fetched, which can take minutes.
     check_absent(folder, overwrite)
-    _refuse_without_need(images=images, quantile=quantile, distil=distil, teacher=teacher)
+    _check_recovery(images=images, quantile=quantile, least_beyond=least_beyond, distil=distil, teacher=teacher)
     model = start_from(source, weights=weights)
     architecture = model.spec.architecture
-    operator = operator or operator_in(name, architecture) or "<operator>"
-    check_name(name, architecture, operator)
-    if operator == PLAIN and (images or depthwise or keep):
-        raise ValueError(
-            "a plain network is neither converted nor fitted; leave out --images, --depthwise and --keep, or choose an "
-            "operator"
-        )
-    if operator != PLAIN:
-        # What is misspelt is told before images are read.
+    operator = operator or operator_in(name, architecture)
+    # What is misspelt is told before images are read.
+    if operator not in (None, PLAIN):
         OperatorConfig.parse(operator)
+    check_name(name, architecture, operator or "<operator>")
+    if operator != PLAIN:
         Selection(model.network, None, depthwise, keep)
+    elif images or depthwise or keep:
+        raise ValueError("a plain network is not converted: leave out --depthwise, --keep and --images")
     if classes:
         model.rename_classes(_read_classes(classes, len(model.class_names)))
+    work = to / f".{name}.distillation.ckpt"
     if operator != PLAIN:
         most = DISTILLATION_IMAGES if distil else CALIBRATION_IMAGES
-        given = Images.of(images, most, model) if images else Images(None, None, False)
-        master = _teacher(teacher, model) if distil else None
-        given.show_accuracy("plain", model)
+        given = Images.of(images, most, model) if images else None
+        learnt_from = teacher_of(model, teacher) if distil else None
+        if given:
+            given.show_accuracy("plain", model)
         report = convert_model(model, operator, depthwise=depthwise, keep=keep)
         print(report if verbose else report.summary())
-        settings = {"quantile": "auto" if quantile is None else quantile, "least_beyond": least_beyond}
-        _recover(model, given, settings, master, distil, to / f".{name}.distillation.ckpt", verbose)
-    command = command_of(*program("python -m zoo"), *sys.argv[1:])
-    training = {"converted_from": portable(source), "command": command, **origin(torch.device("cpu"))}
+        if given:
+            _calibrate(model, given, quantile, least_beyond, verbose)
+        else:
+            print("not calibrated (--images), so train it before use")
+        if learnt_from:
+            print(distilled(model, learnt_from, given.fitted, distil, work=work))
+            given.show_accuracy("distilled", model)
     # Nothing is known of weights in a file.
     licence = licence or ("not stated" if weights else licence_of(source))
-    zoo.save(model, folder, training=training, licence=licence, overwrite=overwrite)
+    zoo.save(model, folder, training=_history(source), licence=licence, overwrite=overwrite)
+    work.unlink(missing_ok=True)
     print(f"written: {folder}")
 
 
-def _refuse_without_need(**given: object) -> None:
-    """Refuse options that do nothing without another one."""
+def _calibrate(
+    model: ImageModel, given: Images, quantile: float | None, least_beyond: float | None, verbose: bool
+) -> None:
+    """Calibrate a model on some of the images, and show what it keeps."""
+    images = given.fitted[evenly_spaced(CALIBRATION_IMAGES, len(given.fitted))]
+    settings = {} if least_beyond is None else {"least_beyond": least_beyond}
+    report = calibrated(model, images, "auto" if quantile is None else quantile, **settings)
+    print(report if verbose else report.summary())
+    given.show_accuracy("calibrated", model)
+
+
+def _history(source: str) -> dict[str, Any]:
+    """Return what a checkpoint records of how it was made."""
+    command = command_of(*program("python -m zoo"), *sys.argv[1:])
+    return {"converted_from": portable(source), "command": command, **origin(torch.device("cpu"))}
+
+
+def _check_recovery(**given: Any) -> None:
+    """Refuse options that are out of their range, or do nothing without another one or beside it."""
     for option, needed, why in (
         ("quantile", "images", "how the network is fitted to images"),
+        ("least_beyond", "images", "how the network is fitted to images"),
         ("distil", "images", "how long the network learns by images"),
         ("teacher", "distil", "whom the network learns from"),
     ):
         if given[option] is not None and given[needed] is None:
-            raise ValueError(f"--{option} {given[option]} says {why}, which needs --{needed}")
-
-
-def _teacher(name: str | None, model: ImageModel) -> ImageModel:
-    """Return the trained network of a name, by default a copy of a plain model, that the model can learn from."""
-    if name is None:
-        return copy.deepcopy(model)
-    teacher = start_from(name)
-    refuse_other_teacher(model, teacher)
-    return teacher
-
-
-def _recover(
-    model: ImageModel,
-    given: Images,
-    settings: Mapping[str, Any],
-    teacher: ImageModel | None,
-    epochs: int | None,
-    work: Path,
-    verbose: bool,
-) -> None:
-    """Calibrate a converted model and let it learn from its teacher, as far as that is asked for, and show both."""
-    if given.fitted is None:
-        print("not calibrated (--images), so train it before use")
-        return
-    places = evenly_spaced(CALIBRATION_IMAGES, len(given.fitted))
-    found = calibrated(model, given.fitted[places], **settings)
-    print(found if verbose else found.summary())
-    given.show_accuracy("calibrated", model)
-    if teacher is not None:
-        print(distilled(model, teacher, given.fitted, epochs, work=work))
-        given.show_accuracy("distilled", model)
+            raise ValueError(f"--{option.replace('_', '-')} {given[option]} says {why}, which needs --{needed}")
+    if given["quantile"] is not None and not 0 < given["quantile"] <= 1:
+        raise ValueError(f"--quantile is a share in (0, 1] of the patches, got {given['quantile']}")
+    if given["least_beyond"] is not None and given["quantile"] is not None:
+        raise ValueError("--least-beyond bounds radii that are searched for, and --quantile says them; leave one out")
 
 
 def _read_classes(path: Path, count: int) -> list[str]:

@@ -30,8 +30,8 @@ from zoo.training.adversarial import AdversarialTraining, OverfittingAlarm, alar
 from zoo.training.callbacks import MovingAverage
 from zoo.training.class_accuracy import ClassAccuracy, balanced, show_class_accuracies, told_weights
 from zoo.training.finite import SkippedSteps, refuse_bad_weights, stop_unless_finite
-from zoo.training.freezing import backbone, drop_gradients, freeze, rest_norms
-from zoo.training.network import check_network_settings, described, first_network
+from zoo.training.freezing import backbone, drop_gradients, freeze, freeze_norms
+from zoo.training.network import adapted, check_network_settings, described, distillation_of, first_networks
 from zoo.training.optimisation import check_optimiser_settings, orthogonality_penalty, refuse_changes, with_schedule
 from zoo.training.sharding import check_sharding, shard
 from zoo.training.strided import avoid_wrong_gradients, undo
@@ -144,9 +144,10 @@ class Classifier(L.LightningModule):
         if self.model is None:
             # One process of each machine fetches from the Hub, and the others read what it has fetched.
             with first_alone(self.trainer):
-                folder = getattr(self.trainer.checkpoint_callback, "dirpath", None)
-                folder = Path(folder) if folder else None
-                model, self.source = first_network(self.hparams, data, self.trainer.state.fn.value, folder)
+                beginning = first_networks(self.hparams, data, self.trainer.state.fn.value)
+            self.source, model = beginning.source, beginning.model
+            if self.source:
+                model = adapted(beginning, self.hparams, data, self.trainer)
             self._set_model(model)
             # A network that predicts from a Lightning checkpoint is built when that is read.
             if stage != "predict" or self.hparams.init_from:
@@ -251,12 +252,14 @@ class Classifier(L.LightningModule):
     def on_train_end(self) -> None:
         # Others, such as the converter, know torch's own convolutions.
         undo(self.model)
+        if self.trainer.is_global_zero and (work := distillation_of(self.trainer)):
+            work.unlink(missing_ok=True)
 
     def on_train_epoch_start(self) -> None:
         if self.hparams.freeze_epochs:
             freeze(self.model, self._frozen, self.trainer.strategy)
         if self.hparams.freeze_norms:
-            rest_norms(self.model)
+            freeze_norms(self.model)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         for parameter in self.replicated:

@@ -6,7 +6,7 @@ import torch
 from lightning.pytorch.strategies import SingleDeviceStrategy, Strategy
 from torch import nn
 
-from operators.batch_norms import norms_of
+from operators.batch_norms import norms_of, set_movements
 from operators.selection import classifier_layers
 from zoo.models.image_model import ImageModel
 
@@ -32,8 +32,10 @@ def freeze(model: ImageModel, frozen: bool, strategy: Strategy) -> None:
             parameter.requires_grad_(not frozen)
 
 
-def rest_norms(model: ImageModel) -> None:
+def freeze_norms(model: ImageModel) -> None:
     """Let BatchNorm normalise by its running statistics, which stay what they are, until the model is told to train."""
+    # The network is trained, so reverting it does not move them back.
+    set_movements(model, {})
     for norm in norms_of(model):
         norm.eval()
 

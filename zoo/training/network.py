@@ -1,10 +1,11 @@
 """The network that a training begins with: built afresh, or made of a trained one."""
 
-import copy
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 from lightning.pytorch.utilities import rank_zero_info
 
 from zoo.checkpoints.starting_points import licence_of, start_from
@@ -20,11 +21,8 @@ from zoo.training.recovery import (
     calibrated,
     check_quantile,
     distilled,
-    refuse_other_teacher,
+    teacher_of,
 )
-
-# A distillation under way, beside the checkpoints of its run.
-DISTILLATION = "distillation.ckpt"
 
 
 def check_network_settings(settings: Mapping[str, Any]) -> None:
@@ -39,19 +37,19 @@ def check_network_settings(settings: Mapping[str, Any]) -> None:
         raise ValueError(f"distil is a number of epochs, at least 0, got {settings['distil']}")
     if settings["teacher"] and not settings["distil"]:
         raise ValueError(f"teacher {settings['teacher']} is whom a network learns from, which needs distil, its epochs")
-    if settings["distil"] and (not source or plain):
-        given = f"init_from {source} and operator {settings['operator']}"
+    for name, given, what in (
+        ("distil", settings["distil"], "lets a network that is just converted learn from the one it was made of"),
+        ("calibrate", quantile not in (None, "auto"), "fits a trained plain network that is just converted"),
+    ):
+        if given and (not source or plain):
+            raise ValueError(
+                f"{name} {what}: it needs init_from, a plain network, and operator, got init_from {source} and "
+                f"operator {settings['operator']}; of a network that is decoupled already, leave out {name}"
+            )
+    if (settings["depthwise"] or settings["keep"]) and (settings["operator"] == PLAIN or (source and plain)):
         raise ValueError(
-            "distil lets a network that is just converted learn from the one it was made of: it needs init_from, a "
-            f"plain network, and operator, got {given}"
-        )
-    if settings["operator"] == PLAIN and (settings["depthwise"] or settings["keep"]):
-        raise ValueError("depthwise and keep say which convolutions stay plain, and with operator conv all do")
-    if quantile not in (None, "auto") and (not source or plain):
-        given = f"init_from {source} and operator {settings['operator']}"
-        raise ValueError(
-            "calibrate fits a trained plain network that is just converted: it needs init_from, a plain network, "
-            f"and operator, got {given}; of a network that is decoupled already, leave out calibrate"
+            "depthwise and keep say which convolutions stay plain when a network is built or converted; without "
+            "operator, or with operator conv, leave them out"
         )
     if source and (ignored := [name for name in ("architecture", "architecture_args") if settings[name]]):
         raise ValueError(
@@ -62,28 +60,84 @@ def check_network_settings(settings: Mapping[str, Any]) -> None:
         raise ValueError("mixed images have no class to be attacked; leave out mixup or adversarial")
 
 
-def first_network(
-    settings: Mapping[str, Any], data: ImageData, stage: str, folder: Path | None = None
-) -> tuple[ImageModel, dict[str, str] | None]:
-    """Return the network for the images, and the name and licence of the weights that a training starts from, if any.
+@dataclasses.dataclass(frozen=True)
+class Beginning:
+    """What a training, or a measurement, begins with.
+
+    Attributes:
+        model: the network.
+        teacher: the trained network that it learns from before training, None if it does not.
+        source: the name and licence of the weights that a training starts from, None if it starts from none.
+    """
+
+    model: ImageModel
+    teacher: ImageModel | None = None
+    source: dict[str, str] | None = None
+
+
+def first_networks(settings: Mapping[str, Any], data: ImageData, stage: str) -> Beginning:
+    """Build the network for the images, or fetch the one that training starts from, as it is, and its teacher.
 
     Args:
-        folder: of the run, where a distillation is saved while it goes on.
         stage: "fit", or "validate", "test" or "predict", which take a trained network as it is.
 
     Raises:
         ValueError: no such network, or settings that do not go with it.
     """
     if not (source := settings["init_from"]):
-        return _fresh(settings, data), None
+        return Beginning(_fresh(settings, data))
     if stage == "fit":
-        return _adapted(settings, data, folder), {"name": source, "licence": licence_of(source)}
-    if begins := [name for name in ("operator", "calibrate", "distil", "depthwise", "keep") if settings[name]]:
+        model = start_from(source, in_chans=data.in_chans, input_size=data.input_size)
+        teacher = teacher_of(model, settings["teacher"]) if settings["distil"] else None
+        return Beginning(model, teacher, {"name": source, "licence": licence_of(source)})
+    begins = [name for name in ("operator", "calibrate", "distil", "depthwise", "keep") if settings[name]]
+    if begins := [name for name in begins if settings[name] != "auto"]:
         raise ValueError(
             f"{stage} measures a network as it is, but these say how training begins: {', '.join(begins)}; leave them "
             "out, or make the converted network first (python -m zoo convert)"
         )
-    return start_from(source), None
+    return Beginning(start_from(source))
+
+
+def distillation_of(trainer: L.Trainer) -> Path | None:
+    """Return the file, beside the checkpoints of a run, in which its distillation is saved while it goes on."""
+    folder = getattr(trainer.checkpoint_callback, "dirpath", None)
+    return Path(folder) / "distillation.ckpt" if folder else None
+
+
+def adapted(beginning: Beginning, settings: Mapping[str, Any], data: ImageData, trainer: L.Trainer) -> ImageModel:
+    """Convert and recover the network that training starts from, as is asked for, and give it the images' classes.
+
+    Each process does so by itself, and one of them saves how far a distillation has come.
+
+    Raises:
+        ValueError: settings that do not go with the network.
+    """
+    model, operator = beginning.model, settings["operator"]
+    if operator not in (None, PLAIN):
+        report = convert(model, operator, depthwise=settings["depthwise"], keep=settings["keep"] or ())
+        rank_zero_info(report.summary())
+        if settings["calibrate"] is not None:
+            calibration = calibrated(model, data.sample(CALIBRATION_IMAGES), settings["calibrate"])
+            rank_zero_info(calibration.summary())
+        if beginning.teacher is not None:
+            distillation = distilled(
+                model,
+                beginning.teacher,
+                data.sample(DISTILLATION_IMAGES),
+                settings["distil"],
+                seed=max(run_seed(), 0),
+                device=trainer.strategy.root_device,
+                work=distillation_of(trainer),
+                saves=trainer.is_global_zero,
+            )
+            rank_zero_info(str(distillation))
+    elif operator == PLAIN and model.spec.operator is not None:
+        source = settings["init_from"]
+        raise ValueError(f"{source} is {model.spec.operator_name}; to train a plain network, start from its twin")
+    if model.class_names != tuple(map(composed, data.class_names)):
+        model.reset_classifier(data.class_names)
+    return model.train()
 
 
 def described(spec: ModelSpec) -> str:
@@ -105,37 +159,3 @@ def _fresh(settings: Mapping[str, Any], data: ImageData) -> ImageModel:
         keep=settings["keep"] or (),
         **(settings["architecture_args"] or {}),
     )
-
-
-def _teacher(settings: Mapping[str, Any], model: ImageModel) -> ImageModel | None:
-    """Return the trained network that a plain model, once it is converted, learns from; None if it does not."""
-    if not settings["distil"]:
-        return None
-    if not settings["teacher"]:
-        return copy.deepcopy(model)
-    teacher = start_from(settings["teacher"], input_size=model.spec.input_size)
-    refuse_other_teacher(model, teacher)
-    return teacher
-
-
-def _adapted(settings: Mapping[str, Any], data: ImageData, folder: Path | None) -> ImageModel:
-    """Return a trained network, converted and recovered as is asked for, with the classes of the images."""
-    source, operator = settings["init_from"], settings["operator"]
-    model = start_from(source, in_chans=data.in_chans, input_size=data.input_size)
-    if operator not in (None, PLAIN):
-        teacher = _teacher(settings, model)
-        report = convert(model, operator, depthwise=settings["depthwise"], keep=settings["keep"] or ())
-        rank_zero_info(report.summary())
-        if settings["calibrate"] is not None:
-            found = calibrated(model, data.sample(CALIBRATION_IMAGES), settings["calibrate"])
-            rank_zero_info(found.summary())
-        if teacher is not None:
-            images = data.sample(DISTILLATION_IMAGES)
-            work = folder / DISTILLATION if folder else None
-            found = distilled(model, teacher, images, settings["distil"], seed=max(run_seed(), 0), work=work)
-            rank_zero_info(str(found))
-    elif operator == PLAIN and model.spec.operator is not None:
-        raise ValueError(f"{source} is {model.spec.operator_name}; to train a plain network, start from its twin")
-    if model.class_names != tuple(map(composed, data.class_names)):
-        model.reset_classifier(data.class_names)
-    return model.train()

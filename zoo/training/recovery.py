@@ -1,10 +1,9 @@
 """Bringing back what a trained network knew before its convolutions were decoupled: calibration and distillation."""
 
+import copy
 import dataclasses
-import math
 import time
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,19 +11,22 @@ import torch
 from torch import Tensor
 
 from operators import CalibrationReport, Distillation, DistillationReport, calibrate, distil
-from zoo.checkpoints.verification import fingerprint
-from zoo.data.augmentation import augment_batch
+from operators.evaluation_mode import evaluating
+from zoo.checkpoints.starting_points import start_from
+from zoo.checkpoints.verification import agree, fingerprint
+from zoo.data.unlabelled import UnlabelledImages
 from zoo.models.image_model import ImageModel
-from zoo.randomness import generator_of, key_of
 from zoo.resuming.files import SafeCheckpointIO, damage_of
 from zoo.training.device import Device
 
-# Images to whose norms a converted network is fitted, and that it may learn from its teacher by.
+# The images to whose norms a converted network is fitted, and those by which it may learn from its teacher.
 CALIBRATION_IMAGES, DISTILLATION_IMAGES = 256, 1024
 BATCH = 16
-# Of the images that a network learns by, one in so many is held out, to tell which state is best.
+# One in so many of the images that a network learns by is held out, to tell which state is best.
 HELD_OUT = 10
-# Seconds between two savings of a distillation under way.
+# Networks of photographs learn by smaller ones, if they take them: by more of them in the same time.
+LEAST_PHOTOGRAPH, LEARNING_SCALE = 128, 9 / 14
+# So many seconds lie between two savings of a distillation under way.
 SAVED_EVERY = 30.0
 
 Quantile = Literal["auto"] | float
@@ -54,45 +56,94 @@ def calibrated(model: ImageModel, images: Tensor, quantile: Quantile, **settings
 
 
 def distilled(
-    model: ImageModel, teacher: ImageModel, images: Tensor, epochs: int, *, seed: int = 0, work: Path | None = None
+    model: ImageModel,
+    teacher: ImageModel,
+    images: Tensor,
+    epochs: int,
+    *,
+    seed: int = 0,
+    device: torch.device | None = None,
+    work: Path | None = None,
+    saves: bool = True,
 ) -> DistillationReport:
-    """Let a model learn from its teacher, in place, by images of any kind, augmented anew in each epoch.
+    """Let a model learn from its teacher, in place, by images of any kind, changed anew in each epoch.
 
     Args:
         images: in [0, 1], (N, in_chans, size, size).
-        seed: of the images' order and augmentation.
-        work: a file in which the state is saved every half a minute. The same call goes on with it, and ends with the
-            same weights; it is removed at the end.
+        seed: of the images' order and changes.
+        device: where; by default the GPU if there is one.
+        work: a file with the state of a distillation that was stopped. The same call goes on with it, and ends with
+            the same weights.
+        saves: whether the state is saved there, every half a minute and at the end. The file is left to the caller, who
+            removes it once the model is saved.
 
     Raises:
-        ValueError, FloatingPointError: as :func:`operators.distil`; or a teacher of other classes or channels.
+        ValueError, FloatingPointError: as :func:`operators.distil`; or a teacher of other classes, channels or size.
     """
     refuse_other_teacher(model, teacher)
-    device = Device.choose("auto")
-    place = next(model.parameters()).device
-    for network in (model, teacher):
-        network.to(device.name, memory_format=torch.channels_last)
+    originals = [next(network.parameters()).device for network in (model, teacher)]
+    state = _Work(work, saves)
+    found = state.found(model, teacher, {"images": len(images), "epochs": epochs, "seed": seed})
+    # Other devices than these are not what the networks are tried on.
+    if device is not None and device.type not in ("cpu", "cuda"):
+        device = None
+    chosen = Device.choose("auto" if device is None else device.type)
+    place = device or torch.device(chosen.name)
+    precision = state.settings.setdefault("precision", chosen.precision)
     held_out = images[::HELD_OUT]
     learnt = images[[index for index in range(len(images)) if index % HELD_OUT]] if len(images) > 1 else images
-    batches = AugmentedImages(learnt, model.spec.input_size, seed)
-    # Their answers tell networks of the same kind apart.
-    networks = [fingerprint(network) for network in (model, teacher)]
-    state = _Work(work, {"networks": networks, "images": len(images), "epochs": epochs, "seed": seed})
     try:
-        with torch.autocast(device.name, torch.bfloat16, enabled=device.precision == "bf16-mixed"):
+        for network in (model, teacher):
+            network.to(place, memory_format=torch.channels_last)
+        batches = UnlabelledImages(learnt, _learning_size(model, teacher), BATCH, seed)
+        with torch.autocast(chosen.name, torch.bfloat16, enabled=precision == "bf16-mixed"):
             _, report = distil(
                 model,
                 teacher,
                 batches,
                 epochs=epochs,
                 held_out=held_out.split(BATCH),
-                state=state.found(),
+                state=found,
                 after_step=state.save_in_time,
             )
+    except KeyboardInterrupt:
+        state.tell()
+        raise
     finally:
-        model.to(place)
-    state.remove()
+        for network, original in zip((model, teacher), originals, strict=True):
+            network.to(original, memory_format=torch.contiguous_format)
     return report
+
+
+@torch.no_grad()
+def _learning_size(model: ImageModel, teacher: ImageModel) -> int:
+    """Return the height and width of the images that a model learns by."""
+    size = model.spec.input_size
+    if size < LEAST_PHOTOGRAPH:
+        return size
+    smaller = round(LEARNING_SCALE * size)
+    for network in (model, teacher):
+        images = torch.zeros(1, model.spec.in_chans, smaller, smaller, device=next(network.parameters()).device)
+        try:
+            with evaluating(network):
+                network(images)
+        # Networks say in their own ways that they take images of one size only.
+        except (AssertionError, RuntimeError, ValueError):
+            return size
+    return smaller
+
+
+def teacher_of(model: ImageModel, name: str | None) -> ImageModel:
+    """Return the trained network of a name from which a plain one learns once it is converted; by default a copy of it.
+
+    Raises:
+        ValueError: no such network, or one of other classes, channels or size.
+    """
+    if name is None:
+        return copy.deepcopy(model)
+    teacher = start_from(name, input_size=model.spec.input_size)
+    refuse_other_teacher(model, teacher)
+    return teacher
 
 
 def refuse_other_teacher(model: ImageModel, teacher: ImageModel) -> None:
@@ -107,61 +158,64 @@ def refuse_other_teacher(model: ImageModel, teacher: ImageModel) -> None:
         ("image size", model.spec.input_size, teacher.spec.input_size),
     ):
         if own != theirs:
-            shown = [
-                f"{len(names)} ({', '.join(names[:3])}, ...)" if what == "classes" else names for names in (theirs, own)
-            ]
             raise ValueError(
-                f"the teacher ({teacher.spec.architecture}) has other {what} than the network, {shown[0]} and "
-                f"{shown[1]}; take the network that was converted, or one of the same {what}"
+                f"the teacher ({teacher.spec.architecture}) has other {what} than the network, {_shown(theirs)} and "
+                f"{_shown(own)}; take the network that was converted, or one of the same {what}"
             )
 
 
-class AugmentedImages:
-    """Batches of images in [0, 1], shuffled and augmented anew in each epoch, on the CPU.
-
-    Args:
-        images: in [0, 1], (N, C, H, W).
-        size: height and width of the results.
-    """
-
-    def __init__(self, images: Tensor, size: int, seed: int) -> None:
-        self.images, self.size, self.seed, self.epoch = images, size, seed, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return math.ceil(len(self.images) / BATCH)
-
-    def __iter__(self) -> Iterator[Tensor]:
-        order = torch.randperm(len(self.images), generator=generator_of(self.seed, self.epoch))
-        for places in order.split(BATCH):
-            keys = key_of(self.seed, self.epoch, places)
-            images = augment_batch(self.images[places], "resized_crop_flip", self.size, keys)
-            yield images.contiguous(memory_format=torch.channels_last)
+def _shown(value: int | tuple[str, ...]) -> str:
+    return f"{len(value)} ({', '.join(value[:3])}, ...)" if isinstance(value, tuple) else str(value)
 
 
 class _Work:
-    """The file in which a distillation is saved while it goes on."""
+    """The file in which a distillation is saved while it goes on.
 
-    def __init__(self, file: Path | None, settings: dict[str, Any]) -> None:
-        self.file, self.settings, self.saved = file, settings, time.monotonic()
+    Args:
+        file: None for none.
+        saves: whether anything is written to it.
+    """
 
-    def found(self) -> dict[str, Any] | None:
-        """Return the state of a distillation of the same settings, if there is one."""
-        if self.file is None or not self.file.is_file():
+    def __init__(self, file: Path | None, saves: bool) -> None:
+        self.file, self.saves, self.saved = file, saves, time.monotonic()
+        self.settings: dict[str, Any] = {}
+        # As many steps as the file has.
+        self.steps = 0
+
+    def found(self, model: ImageModel, teacher: ImageModel, settings: dict[str, Any]) -> dict[str, Any] | None:
+        """Return the state of a distillation of the same networks and settings, if there is one."""
+        if self.file is None:
+            return None
+        # Their answers tell networks of the same kind apart.
+        networks = [fingerprint(network) for network in (model, teacher)]
+        self.settings = {**settings, "networks": networks}
+        if not self.file.is_file():
             return None
         if damage := damage_of(self.file):
             warnings.warn(f"{self.file} is damaged ({damage}), so the distillation begins again", stacklevel=3)
             return None
         held = torch.load(self.file, map_location="cpu", weights_only=True)
-        return held["state"] if held["settings"] == self.settings else None
+        same = all(map(agree, held["settings"]["networks"], networks))
+        if not same or any(held["settings"].get(name) != value for name, value in settings.items()):
+            warnings.warn(
+                f"{self.file} is of a distillation of other networks, images or epochs, so this one begins anew and "
+                "replaces it",
+                stacklevel=3,
+            )
+            return None
+        self.settings, self.steps = held["settings"], held["state"]["steps"]
+        if self.saves:
+            print(f"the distillation of before goes on after step {held['state']['steps']} ({self.file})", flush=True)
+        return held["state"]
 
     def save_in_time(self, run: Distillation) -> None:
-        if self.file is not None and time.monotonic() - self.saved >= SAVED_EVERY:
+        at_end = run.steps == run.epochs * len(run.batches)
+        if self.file is not None and self.saves and (at_end or time.monotonic() - self.saved >= SAVED_EVERY):
             SafeCheckpointIO().save_checkpoint({"settings": self.settings, "state": run.state_dict()}, self.file)
             self.saved = time.monotonic()
+            self.steps = run.steps
 
-    def remove(self) -> None:
-        if self.file is not None:
-            self.file.unlink(missing_ok=True)
+    def tell(self) -> None:
+        """Say what is left of a distillation that is stopped."""
+        if self.steps:
+            print(f"stopped; the same command goes on after step {self.steps} ({self.file} has its state)", flush=True)
