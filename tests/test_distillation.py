@@ -207,6 +207,12 @@ def test_blocks_are_compared_and_not_what_holds_them(architecture, first, count)
     assert names[0] == first and len(names) == count
 
 
+def test_images_of_two_sizes_are_refused():
+    model, _ = pair()
+    with pytest.raises(ValueError, match=r"images of one size, got \(3, 9, 9\) and \(3, 8, 8\): resize them"):
+        calibrate(model, [*batches(1), torch.zeros(2, 3, 8, 8)])
+
+
 def test_what_is_no_teacher_is_refused():
     model, teacher = pair()
     with pytest.raises(ValueError, match="shares its weights with the network[\\s\\S]*convert a copy"):

@@ -91,13 +91,15 @@ def test_a_distillation_that_was_stopped_goes_on(run, monkeypatch):
         return step(self, images)
 
     monkeypatch.setattr(Distillation, "step", stopping)
-    status, _, _ = zoo_command(run, *words, "stopped")
+    status, printed, _ = zoo_command(run, *words, "stopped")
+    assert "stopped; the same command goes on after step 7 (stopped/.digits_cnn6_sphere_cosine" in printed
     assert status == 130 and [path.name for path in Path("stopped").iterdir()] == [
         ".digits_cnn6_sphere_cosine.distillation.ckpt"
     ]
     monkeypatch.setattr(Distillation, "step", lambda self, images: steps.append(self.steps) or step(self, images))
-    status, _, errors = zoo_command(run, *words, "stopped")
+    status, printed, errors = zoo_command(run, *words, "stopped")
     assert status == 0 and steps == list(range(10)), errors
+    assert "the distillation of before goes on after step 7" in printed
     states = [zoo.load(f"{to}/digits_cnn6_sphere_cosine").state_dict() for to in ("whole", "stopped")]
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
     assert [path.name for path in Path("stopped").iterdir()] == ["digits_cnn6_sphere_cosine"]
