@@ -31,7 +31,9 @@ from zoo.training.device import Device, bfloat16_share
 from zoo.training.export import LARGEST_IN_FLOAT32
 
 CPU = Device("cpu", compile=False)
-NAMES = [path.stem for path in recipes()]
+STUDIES = training.CONFIGS / "studies"
+RECIPES = {path.stem: path for path in (*recipes(), *recipes(folder=STUDIES))}
+NAMES = list(RECIPES)
 CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".split()
 
 
@@ -56,18 +58,18 @@ def here(tmp_path, monkeypatch):
 
 
 def test_every_recipe_but_that_for_fine_tuning_is_of_the_zoo():
-    assert {path.stem for path in training.CONFIGS.glob("*.yaml")} - {"finetune"} == set(NAMES)
-    assert len(NAMES) == len(set(NAMES))
+    found = [path.stem for folder in (training.CONFIGS, STUDIES) for path in folder.glob("*.yaml")]
+    assert sorted(found) == sorted([*NAMES, "finetune"])
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_recipe_is_named_for_what_it_trains_and_differs_from_its_twin_in_the_operator_alone(name):
-    recipe = yaml.safe_load((training.CONFIGS / f"{name}.yaml").read_text(encoding="utf-8"))
+    recipe = yaml.safe_load(RECIPES[name].read_text(encoding="utf-8"))
     operator = recipe["model"].pop("operator")
     operator_name = operator if operator == "conv" else OperatorConfig.parse(operator).name
     family = name.removesuffix(f"_{operator_name}")
     assert family.endswith(f"_{recipe['model']['architecture']}")
-    twin = yaml.safe_load((training.CONFIGS / f"{family}_conv.yaml").read_text(encoding="utf-8"))
+    twin = yaml.safe_load(RECIPES[f"{family}_conv"].read_text(encoding="utf-8"))
     assert twin["model"].pop("operator") == "conv" and recipe == twin
 
 
@@ -75,7 +77,7 @@ def test_a_recipe_is_named_for_what_it_trains_and_differs_from_its_twin_in_the_o
 def test_every_recipe_trains_and_gives_a_checkpoint(name, images, tmp_path, monkeypatch):
     monkeypatch.chdir(images)
     monkeypatch.setattr(whole_zoo, "WORK", tmp_path / "work")
-    assert train_zoo(name, device=CPU, epochs=1, to=tmp_path)
+    assert train_zoo(name, folder=RECIPES[name].parent, device=CPU, epochs=1, to=tmp_path)
     config = read_config(tmp_path / name)
     assert config["training"]["epochs"] == 1 and config["metrics"][-1]["split"] == "test"
     assert (tmp_path / name / "model.safetensors").stat().st_size <= 4 * 2**20
@@ -84,7 +86,7 @@ def test_every_recipe_trains_and_gives_a_checkpoint(name, images, tmp_path, monk
     assert config["training"]["data"]["arguments"].get("root") == root
     # All have more than the MiB of parameters that would be stored in float32.
     assert 4 * config["parameters"] > LARGEST_IN_FLOAT32 and config["precision"] == "float16"
-    recipe = yaml.safe_load((training.CONFIGS / f"{name}.yaml").read_text(encoding="utf-8"))
+    recipe = yaml.safe_load(RECIPES[name].read_text(encoding="utf-8"))
     assert read_operator(config["operator"]) == read_operator(recipe["model"]["operator"])
 
 
@@ -131,6 +133,15 @@ def test_the_zoo_goes_on_where_it_stopped_and_leaves_what_is_there(here, capsys,
     assert (here / name / "config.json").read_bytes() == before
     assert train_zoo(name, device=CPU, epochs=4, to=here)
     assert read_config(here / name)["training"]["epochs"] == 4
+
+
+def test_another_seed_begins_another_run_of_the_recipe(here, monkeypatch):
+    monkeypatch.setattr(whole_zoo, "WORK", here / "work")
+    for seed in (None, 7):
+        assert train_zoo("digits_cnn6_conv", device=CPU, epochs=1, seed=seed, to=here / str(seed))
+    first, other = (read_config(here / str(seed) / "digits_cnn6_conv") for seed in (None, 7))
+    assert first["training"]["seed"] == 0 and other["training"]["seed"] == 7
+    assert "--seed_everything 7" in other["training"]["command"] and first["sha256"] != other["sha256"]
 
 
 def stop(self, trainer, module):

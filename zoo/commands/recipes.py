@@ -28,8 +28,10 @@ def add_commands(commands: Commands) -> None:
         "Train, export and verify every recipe that has no checkpoint yet; exit status 1 if one fails."
     )
     command.add_argument("--only", default="*", metavar="GLOB", help="only recipes with such a name")
+    command.add_argument("--recipes", type=Path, metavar="DIR", help="the folder of the recipes (default: configs)")
     command.add_argument("--minutes", type=positive(float), default=float("inf"), help=MINUTES)
     command.add_argument("--epochs", type=positive(int), help="train so many, in place of each recipe's own number")
+    command.add_argument("--seed", type=int, help="begin with it, in place of each recipe's own seed")
     command.add_argument("--to", type=Path, default=PRETRAINED, help="parent of the new folders (default: embedded)")
     _add_training_device(command)
     command.set_defaults(function=train_zoo)
@@ -59,13 +61,22 @@ def _add_training_device(command: argparse.ArgumentParser) -> None:
 
 
 def train_zoo(
-    *, only: str, minutes: float, to: Path, epochs: int | None = None, device: str = "auto", compile: bool | None = None
+    *,
+    only: str,
+    minutes: float,
+    to: Path,
+    recipes: Path | None = None,
+    epochs: int | None = None,
+    seed: int | None = None,
+    device: str = "auto",
+    compile: bool | None = None,
 ) -> int:
     """Train, export and verify every recipe that has no checkpoint yet; return 1 if one fails."""
     need_checkout("train-zoo")
     with _telling_how_to_go_on():
         chosen = Device.choose(device, compile)
-        return int(not train_recipes(only, device=chosen, minutes=minutes, epochs=epochs, to=to))
+        settings = {"device": chosen, "minutes": minutes, "epochs": epochs, "seed": seed, "to": to}
+        return int(not train_recipes(only, folder=recipes, **settings))
 
 
 def table(

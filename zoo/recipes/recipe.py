@@ -138,14 +138,18 @@ def is_finished(checkpoint: Path) -> bool:
     return record_of(checkpoint).is_finished
 
 
-def recipes(only: str = "*") -> list[Path]:
+def recipes(only: str = "*", folder: Path | None = None) -> list[Path]:
     """Return the recipes of checkpoints whose name matches the pattern, most wanted first.
+
+    Args:
+        folder: where the recipes are, by default ``configs/``.
 
     Raises:
         ValueError: no recipe has such a name.
     """
     order = {f"{family}_{operator}": place for place, (family, operator) in enumerate(product(FAMILIES, OPERATORS))}
-    existing = sorted(CONFIGS.glob("*_*.yaml"), key=lambda path: (order.get(path.stem, len(order)), path.stem))
+    existing = (folder or CONFIGS).glob("*_*.yaml")
+    existing = sorted(existing, key=lambda path: (order.get(path.stem, len(order)), path.stem))
     chosen = [path for path in existing if fnmatch.fnmatch(path.stem, only)]
     if not chosen:
         raise ValueError(f"no recipe matches {only!r}; there are {', '.join(path.stem for path in existing)}")

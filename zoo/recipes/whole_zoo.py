@@ -23,9 +23,11 @@ WORK = Path("outputs/zoo")
 def train_zoo(
     only: str = "*",
     *,
+    folder: Path | None = None,
     device: Device,
     minutes: float = float("inf"),
     epochs: int | None = None,
+    seed: int | None = None,
     to: Path = PRETRAINED,
 ) -> bool:
     """Train, export and verify every recipe that has no checkpoint of as many epochs; return whether none failed.
@@ -34,8 +36,10 @@ def train_zoo(
 
     Args:
         only: a pattern of names, as of files.
+        folder: where the recipes are, by default ``configs/``.
         minutes: no epoch is begun that would not end in that time; what is unfinished goes on in the next call.
         epochs: train so many, in place of each recipe's own number.
+        seed: begin with it, in place of each recipe's own; ``to`` is best a folder of its own then.
         to: parent of the checkpoint folders.
 
     Raises:
@@ -45,11 +49,11 @@ def train_zoo(
     to.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + 60 * minutes
     all_well, data, begun = True, None, None
-    for recipe in recipes(only):
-        folder = to / recipe.stem
+    for recipe in recipes(only, folder):
+        target = to / recipe.stem
         try:
             wanted = epochs or yaml.safe_load(recipe.read_text(encoding="utf-8"))["trainer"]["max_epochs"]
-            if (folder / CONFIG).is_file() and read_config(folder)["training"].get("epochs", 0) >= wanted:
+            if (target / CONFIG).is_file() and read_config(target)["training"].get("epochs", 0) >= wanted:
                 print(f"{recipe.stem}: has its checkpoint")
                 continue
             if deadline - time.monotonic() < LEAST_SECONDS:
@@ -60,12 +64,14 @@ def train_zoo(
                 print(f"training {begun}", flush=True)
             work = WORK / recipe.stem / f"{wanted}_epochs"
             options = ["--trainer.max_epochs", str(wanted)]
+            if seed is not None:
+                work, options = work / f"seed_{seed}", [*options, "--seed_everything", str(seed)]
             trained = train(recipe, begun, folder=work, options=options, deadline=deadline, data=data)
             data = trained.data or data
             if trained.stopped:
                 raise FloatingPointError(trained.stopped)
             if trained.finished:
-                _export_verified(trained, folder)
+                _export_verified(trained, target)
             else:
                 print(f"{recipe.stem}: goes on in the next call ({trained.checkpoint})")
         # Whatever it is, out of memory for one, the other recipes need not suffer from it.
