@@ -11,6 +11,7 @@ import yaml
 import zoo
 from zoo.checkpoints.catalogue import PRETRAINED
 from zoo.checkpoints.config import read_config
+from zoo.data import ImageData
 from zoo.files import put_in_place, write_whole
 from zoo.hub.repository import CONFIG
 from zoo.recipes.recipe import LEAST_SECONDS, Trained, recipes, train
@@ -62,14 +63,8 @@ def train_zoo(
             if begun is None:
                 begun = _as_begun(device)
                 print(f"training {begun}", flush=True)
-            work = WORK / recipe.stem / f"{wanted}_epochs"
-            options = ["--trainer.max_epochs", str(wanted)]
-            if seed is not None:
-                work, options = work / f"seed_{seed}", [*options, "--seed_everything", str(seed)]
-            trained = train(recipe, begun, folder=work, options=options, deadline=deadline, data=data)
+            trained = _train(recipe, begun, wanted, seed, deadline, data)
             data = trained.data or data
-            if trained.stopped:
-                raise FloatingPointError(trained.stopped)
             if trained.finished:
                 _export_verified(trained, target)
             else:
@@ -81,6 +76,23 @@ def train_zoo(
             print(f"{recipe.stem}: failed ({type(error).__name__}): {error}", flush=True)
             all_well = False
     return all_well
+
+
+def _train(
+    recipe: Path, device: Device, epochs: int, seed: int | None, deadline: float, data: ImageData | None
+) -> Trained:
+    """Train a recipe for so many epochs in a work folder of its own, and with a seed of its own if one is given.
+
+    Raises:
+        FloatingPointError: the training cannot go on, since gradients were not finite.
+    """
+    folder, options = WORK / recipe.stem / f"{epochs}_epochs", ["--trainer.max_epochs", str(epochs)]
+    if seed is not None:
+        folder, options = folder / f"seed_{seed}", [*options, "--seed_everything", str(seed)]
+    trained = train(recipe, device, folder=folder, options=options, deadline=deadline, data=data)
+    if trained.stopped:
+        raise FloatingPointError(trained.stopped)
+    return trained
 
 
 def _as_begun(device: Device) -> Device:
