@@ -1,23 +1,30 @@
 """Residual networks: He et al.'s for CIFAR, and the authors' modified ResNet-18 for ImageNet."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zoo.architectures.network import Network, average_pool, classifier, convolution
+from zoo.architectures.network import Network, UncentredBatchNorm2d, average_pool, classifier, convolution
 
 
 class BasicBlock(nn.Module):
     """Two 3×3 convolutions beside a shortcut without parameters: strided, and padded with zero channels."""
 
-    def __init__(self, in_channels: int, out_channels: int, stride: int = 1, relu: bool = True) -> None:
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        stride: int = 1,
+        relu: bool = True,
+        norm: Callable[[int], nn.Module] = nn.BatchNorm2d,
+    ) -> None:
         super().__init__()
         self.conv1 = convolution(in_channels, out_channels, stride)
-        self.bn1 = nn.BatchNorm2d(out_channels)
+        self.bn1 = norm(out_channels)
         self.act1 = _activation(relu)
         self.conv2 = convolution(out_channels, out_channels)
-        self.bn2 = nn.BatchNorm2d(out_channels)
+        self.bn2 = norm(out_channels)
         self.act2 = _activation(relu)
         self.stride = stride
         self.extra_channels = out_channels - in_channels
@@ -38,6 +45,8 @@ class CIFARResNet(Network):
         units: residual units in each of the three stages.
         widths: filters of each stage.
         relu: whether the network has its activations; without them, only the operators are not linear.
+        batch_norm_bias: whether BatchNorm subtracts a mean and adds a bias, and the classifier adds one; without, see
+            :class:`UncentredBatchNorm2d`.
 
     Shape:
         (N, in_chans, H, W) to (N, num_classes), for any H and W.
@@ -55,22 +64,25 @@ class CIFARResNet(Network):
         num_classes: int = 10,
         in_chans: int = 3,
         relu: bool = True,
+        batch_norm_bias: bool = True,
     ) -> None:
         super().__init__()
+        norm = nn.BatchNorm2d if batch_norm_bias else UncentredBatchNorm2d
         self.num_classes = num_classes
         self.conv1 = convolution(in_chans, widths[0])
-        self.bn1 = nn.BatchNorm2d(widths[0])
+        self.bn1 = norm(widths[0])
         self.act1 = _activation(relu)
         blocks: list[nn.Module] = []
         channels = widths[0]
         for stage, width in enumerate(widths):
             for unit in range(units):
-                blocks.append(BasicBlock(channels, width, 2 if stage and not unit else 1, relu))
+                blocks.append(BasicBlock(channels, width, 2 if stage and not unit else 1, relu, norm))
                 channels = width
         self.blocks = nn.Sequential(*blocks)
         self.pool = average_pool()
         self.num_features = channels
-        self.fc = classifier(channels, num_classes)
+        self.classifier_bias = batch_norm_bias
+        self.fc = classifier(channels, num_classes, batch_norm_bias)
 
     def forward_features(self, images: Tensor) -> Tensor:
         return self.blocks(self.act1(self.bn1(self.conv1(images))))
@@ -139,17 +151,29 @@ def _prelu_layer(layer: nn.Conv2d, batch_norm: bool) -> list[nn.Module]:
 
 
 def resnet20(
-    num_classes: int = 10, in_chans: int = 3, widths: Sequence[int] = (16, 32, 64), relu: bool = True
+    num_classes: int = 10,
+    in_chans: int = 3,
+    widths: Sequence[int] = (16, 32, 64),
+    relu: bool = True,
+    batch_norm_bias: bool = True,
 ) -> CIFARResNet:
     """ResNet-20 for CIFAR: three units a stage, 16-32-64 filters; about 270,000 parameters."""
-    return CIFARResNet(3, widths, num_classes=num_classes, in_chans=in_chans, relu=relu)
+    return CIFARResNet(
+        3, widths, num_classes=num_classes, in_chans=in_chans, relu=relu, batch_norm_bias=batch_norm_bias
+    )
 
 
 def resnet32(
-    num_classes: int = 10, in_chans: int = 3, widths: Sequence[int] = (16, 32, 64), relu: bool = True
+    num_classes: int = 10,
+    in_chans: int = 3,
+    widths: Sequence[int] = (16, 32, 64),
+    relu: bool = True,
+    batch_norm_bias: bool = True,
 ) -> CIFARResNet:
     """ResNet-32 for CIFAR: five units a stage, 16-32-64 filters; about 460,000 parameters."""
-    return CIFARResNet(5, widths, num_classes=num_classes, in_chans=in_chans, relu=relu)
+    return CIFARResNet(
+        5, widths, num_classes=num_classes, in_chans=in_chans, relu=relu, batch_norm_bias=batch_norm_bias
+    )
 
 
 def resnet32_wide(num_classes: int = 10, in_chans: int = 3, relu: bool = True) -> CIFARResNet:

@@ -13,13 +13,15 @@ from torch import Tensor
 
 from zoo.randomness import uniform
 
-Augment = Literal["none", "crop", "crop_flip", "crop_flip_cutout", "resized_crop_flip"]
+Augment = Literal["none", "crop", "crop_flip", "crop_flip_cutout", "crop_flip_light", "resized_crop_flip"]
 AUGMENTS = get_args(Augment)
 
 # The share of an image's area that a random resized crop may have. Fine-tuning has fewer images than training on
 # ImageNet, whose recipes begin at 0.08, and a crop must still show what the class is known by.
 CROP_SCALE = (0.35, 1.0)
 CROP_RATIO = (3 / 4, 4 / 3)
+# Of brightness and of contrast; few photographs are darker or paler.
+LIGHT_FACTORS = (0.1, 1.9)
 # So often a rectangle is drawn, until one lies within the image.
 CROP_TRIES = 10
 # Numbers that an image needs, of all the changes.
@@ -70,6 +72,22 @@ def random_cutout(images: Tensor, size: int, draws: Tensor) -> Tensor:
     return images.masked_fill((rows.unsqueeze(2) & columns.unsqueeze(1)).unsqueeze(1), 0)
 
 
+def random_light(images: Tensor, draws: Tensor) -> Tensor:
+    """Change the brightness of each image by a factor of its own, then its contrast, both from 0.1 to 1.9.
+
+    ``x ← b x``, then ``x ← m + c (x − m)`` with the mean ``m`` of the image; what is below 0 or above 255 is cut off.
+
+    Args:
+        images: uint8 (N, C, H, W).
+        draws: for each image two numbers in [0, 1), (N, 2), on its device.
+    """
+    least, most = LIGHT_FACTORS
+    factors = (least + (most - least) * draws).float().view(-1, 2, 1, 1, 1)
+    values = (images * factors[:, 0]).clamp_(max=255)
+    means = values.mean((1, 2, 3), keepdim=True)
+    return values.sub_(means).mul_(factors[:, 1]).add_(means).clamp_(0, 255).round_().to(images.dtype)
+
+
 def random_resized_crop(images: Tensor, size: int, draws: Tensor) -> Tensor:
     """Cut its own random rectangle out of each image and resize it, antialiased, to a square.
 
@@ -102,8 +120,8 @@ def augment_batch(images: Tensor, augment: Augment, size: int, keys: Tensor) -> 
     """Change training images at random, each in its own way.
 
     "none" leaves them as they are, "crop" shifts them by up to an eighth of their height, "crop_flip" mirrors them,
-    too, "crop_flip_cutout" also blackens a square of half their height, and "resized_crop_flip" cuts out a rectangle,
-    resizes it and mirrors it.
+    too, "crop_flip_cutout" also blackens a square of half their height, "crop_flip_light" also changes brightness and
+    contrast, and "resized_crop_flip" cuts out a rectangle, resizes it and mirrors it.
 
     Args:
         images: (N, C, size, size), any dtype; for "resized_crop_flip" they may be larger.
@@ -123,6 +141,8 @@ def augment_batch(images: Tensor, augment: Augment, size: int, keys: Tensor) -> 
         images = random_shift(images, size // 8, draws[:, :2])
     if augment != "crop":
         images = random_flip(images, draws[:, -1])
+    if augment == "crop_flip_light":
+        return random_light(images, draws[:, 2:4])
     return random_cutout(images, size // 2, draws[:, 2:4]) if augment == "crop_flip_cutout" else images
 
 
