@@ -8,6 +8,7 @@ from operators.diagnosis import DiagnosisReport, diagnose
 from operators.distillation import Distillation, DistillationReport, distil
 from operators.fold import FoldReport, fold
 from operators.functional import decoupled_conv2d, filter_norm, patch_norm
+from operators.gradient_parts import gradient_parts
 from operators.magnitude import MAGNITUDES, RADIUS_MODES, WEIGHTINGS
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "distil",
     "filter_norm",
     "fold",
+    "gradient_parts",
     "patch_norm",
     "revert",
 ]

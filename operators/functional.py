@@ -9,6 +9,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from operators import kernels
 from operators.angular import ANGULARS, HOMOGENEOUS, cosine
@@ -83,21 +84,13 @@ def decoupled_conv2d(
 
     Source: ``f_d(w, x) = h(‖w‖, ‖x‖) · g(θ)``, Liu et al., Decoupled Networks, CVPR 2018, section 3.
     """
-    return respond_to_patches(
-        input,
-        weight,
-        filter_multiplier(magnitude, angular, eps),
-        filter_factor(weight, magnitude, angular, eps),
-        bias,
-        stride,
-        padding,
-        dilation,
-        groups,
-        magnitude=magnitude,
-        angular=angular,
-        eps=eps,
-        padding_mode=padding_mode,
-    )
+    geometry = stride, padding, dilation, groups
+    settings = {"magnitude": magnitude, "angular": angular, "eps": eps, "padding_mode": padding_mode}
+    if has_torch_function_unary(input):
+        return handle_torch_function(decoupled_conv2d, (input,), input, weight, bias, *geometry, **settings)
+    multiplier = filter_multiplier(magnitude, angular, eps)
+    factor = filter_factor(weight, magnitude, angular, eps)
+    return respond_to_patches(input, weight, multiplier, factor, bias, *geometry, **settings)
 
 
 def filter_multiplier(magnitude: Magnitude, angular: Angular, eps: float) -> Multiplier:
@@ -202,6 +195,30 @@ def patch_norm(
     _, total = sum_of_squares(images, groups, Windows(kernel_size, stride, margin, dilation))
     n = (total + eps).sqrt()
     return n if input.dim() == 4 else n.squeeze(0)
+
+
+def norms_and_products(
+    input: Tensor,
+    weight: Tensor,
+    stride: Pair,
+    padding: Pair | str,
+    dilation: Pair,
+    groups: int,
+    *,
+    eps: float,
+    padding_mode: str,
+) -> tuple[Tensor, Tensor]:
+    """Return ``n`` and ``⟨ŵ, x⟩`` of every filter and patch, both (N, K, H', W'); ``n`` is held fixed.
+
+    The arguments are those of :func:`decoupled_conv2d`, whose ``input`` is a batch here.
+    """
+    size, stride, dilation = tuple(weight.shape[-2:]), _pair(stride), _pair(dilation)
+    geometry = stride, padding, dilation, groups
+    with torch.no_grad():
+        n = patch_norm(input.detach(), size, *geometry, eps=eps, padding_mode=padding_mode)
+    padded, margin = pad(input, size, stride, padding, dilation, padding_mode)
+    product = F.conv2d(padded, weight / filter_norm(weight, eps=eps), None, stride, margin, dilation, groups)
+    return n.repeat_interleave(len(weight) // groups, dim=1), product
 
 
 def filter_norm(weight: Tensor, *, eps: float = 1e-4) -> Tensor:

@@ -16,14 +16,16 @@ WINGS = {
     "operators": ("operators",),
     "ground floor": tuple(
         f"zoo/{name}.py"
-        for name in ("errors", "figures", "files", "markdown", "provenance", "randomness", "statistics")
+        for name in ("arithmetic", "errors", "figures", "files", "markdown", "provenance", "randomness", "statistics")
     ),
     "architectures": ("zoo/architectures",),
     "models": ("zoo/models",),
+    "explanations": ("zoo/explanations",),
     "hub": ("zoo/hub",),
     "checkpoints": ("zoo/checkpoints",),
     "public names": ("zoo/__init__.py",),
     "resuming": ("zoo/resuming",),
+    "corruptions": ("zoo/corruptions",),
     "data": ("zoo/data",),
     "robustness": ("zoo/robustness",),
     "training": ("zoo/training",),

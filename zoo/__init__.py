@@ -7,16 +7,19 @@ from zoo.checkpoints.loading import load, load_untrained
 from zoo.checkpoints.saving import record, round_weights, save
 from zoo.checkpoints.verification import accuracy, verify
 from zoo.errors import CheckpointError, HubError
+from zoo.explanations.explanation import Explanation, explain
 from zoo.models.building import build, list_architectures
 from zoo.models.image_model import ImageModel
 
 __all__ = [
     "CheckpointError",
+    "Explanation",
     "HubError",
     "ImageModel",
     "Metric",
     "accuracy",
     "build",
+    "explain",
     "find",
     "list_architectures",
     "list_checkpoints",

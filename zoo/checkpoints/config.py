@@ -17,7 +17,7 @@ SCHEMA = 1
 RUN_RECORD = "decoupled_zoo"
 
 # Fields of config.json that may come after the weights.
-RECORDED = ("licence", "measured_on", "metrics", "robustness", "speed")
+RECORDED = ("corruptions", "licence", "measured_on", "metrics", "robustness", "speed")
 
 
 @dataclasses.dataclass(frozen=True)

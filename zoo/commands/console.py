@@ -27,13 +27,16 @@ CURABLE = (
 )
 
 DESCRIPTION = (
-    "List, verify, describe, export and convert checkpoints, train them and the paper's tables, show one at work."
+    "List, verify, describe, explain, export and convert checkpoints, train them and the paper's tables, show one at "
+    "work."
 )
 # The commands of each file beside this one.
 FAMILIES = {
     "checkpoints": ("list", "verify", "cards", "export", "measure", "publish"),
     "conversion": ("convert",),
+    "corruptions": ("corruptions",),
     "data": ("preflight",),
+    "explanation": ("explain",),
     "robustness": ("robustness",),
     "recipes": ("train-zoo", "table", "reports"),
     "demo": ("demo", "curves"),

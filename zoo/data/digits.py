@@ -20,10 +20,13 @@ class Digits(ImageData):
         batch_size: images a batch (and a device).
         val_fraction: share of the training images held out for validation, in (0, 0.5].
         augment: of training images: "none", "crop" (random shift), "crop_flip" (and mirroring), "crop_flip_cutout"
-            (and a black square) or "resized_crop_flip" (random resized crop and mirroring); "crop" by default.
+            (and a black square), "crop_flip_light" (and other brightness and contrast) or "resized_crop_flip" (random
+            resized crop and mirroring); "crop" by default.
         class_weights: factors of the training loss, one for each class; or "auto", by which each class counts as much
             as any other however many images it has; none by default.
         predict: image file or folder for predict; the test images by default.
+        corruption: what test images are changed by when the test loader reads them, as "NAME:SEVERITY", e.g. "fog:3"
+            (see ``zoo.corruptions``); nothing by default.
     """
 
     class_names = [str(digit) for digit in range(10)]
@@ -42,8 +45,9 @@ class Digits(ImageData):
         augment: Augment | None = None,
         class_weights: ClassWeights = None,
         predict: str | None = None,
+        corruption: str | None = None,
     ) -> None:
-        super().__init__(batch_size, val_fraction, augment, class_weights, predict)
+        super().__init__(batch_size, val_fraction, augment, class_weights, predict, corruption)
         self.save_hyperparameters()
 
     def load_split(self, split: str) -> MemoryImages:

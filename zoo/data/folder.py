@@ -44,7 +44,8 @@ class ImageFolder(LabelledFiles):
         batch_size: images a batch (and a device).
         val_fraction: share of train held out for validation if there is no val folder, in (0, 0.5].
         augment: of training images: "none", "crop" (random shift), "crop_flip" (and mirroring), "crop_flip_cutout"
-            (and a black square) or "resized_crop_flip" (random resized crop and mirroring); "crop_flip" by default.
+            (and a black square), "crop_flip_light" (and other brightness and contrast) or "resized_crop_flip" (random
+            resized crop and mirroring); "crop_flip" by default.
         num_workers: processes that read images, for a split too large for memory.
         memory_limit_mb: a split of more MiB than this, once decoded, is read from disk batch by batch.
         max_unreadable: up to so many files of a split that are no readable images are left out with a warning that
@@ -54,6 +55,8 @@ class ImageFolder(LabelledFiles):
         class_weights: factors of the training loss, one for each class in the order of their names; or "auto", by
             which each class counts as much as any other however many images it has. None by default.
         predict: image file or folder for predict; the test images by default.
+        corruption: what test images are changed by when the test loader reads them, as "NAME:SEVERITY", e.g. "fog:3"
+            (see ``zoo.corruptions``); nothing by default.
 
     Raises:
         FileNotFoundError: no train folder.
@@ -80,6 +83,7 @@ class ImageFolder(LabelledFiles):
         draft: bool = True,
         class_weights: ClassWeights = None,
         predict: str | None = None,
+        corruption: str | None = None,
     ) -> None:
         self.root = Path(root)
         super().__init__(
@@ -99,6 +103,7 @@ class ImageFolder(LabelledFiles):
             draft=draft,
             class_weights=class_weights,
             predict=predict,
+            corruption=corruption,
         )
         self.save_hyperparameters()
         # Lightning's command line has recorded what it was told, which may be None.

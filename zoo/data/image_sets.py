@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from zoo.corruptions.corruption import corrupted, corruption_keys
 from zoo.models.transform import ImageTransform
 
 
@@ -62,3 +63,30 @@ class DiskImages(Dataset):
 
 
 ImageSet = MemoryImages | DiskImages
+
+
+class CorruptedImages(Dataset):
+    """Other images, corrupted as they are read, always in the same way.
+
+    Args:
+        images: the images as they are.
+        name, severity: as :func:`zoo.corruptions.corruption.corrupted` takes them.
+    """
+
+    # Batches are made one by one, as of images on disk.
+    in_memory = False
+
+    def __init__(self, images: ImageSet, name: str, severity: int) -> None:
+        self.images = images
+        self.name = name
+        self.severity = severity
+        self.labels = images.labels
+        self.files = images.files
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
+        images, labels = self.images.__getitems__(indices)
+        keys = corruption_keys(torch.tensor(indices))
+        return corrupted(images, self.name, self.severity, keys), labels

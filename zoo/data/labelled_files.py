@@ -57,8 +57,9 @@ class LabelledFiles(ImageData):
         draft: bool,
         class_weights: ClassWeights,
         predict: str | None,
+        corruption: str | None,
     ) -> None:
-        super().__init__(batch_size, val_fraction, augment, class_weights, predict)
+        super().__init__(batch_size, val_fraction, augment, class_weights, predict, corruption)
         input_size = 224 if input_size is None else input_size
         in_chans = 3 if in_chans is None else in_chans
         least = {"input_size": (input_size, 1), "num_workers": (num_workers, 0), "max_unreadable": (max_unreadable, 0)}

@@ -16,10 +16,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from operators.lookup import unknown_name
+from zoo.corruptions.corruption import parse_corruption
 from zoo.data.augmentation import AUGMENTS, Augment, augment_batch, to_float
 from zoo.data.contents import first_ten
 from zoo.data.image_files import decode_each, empty_images, find_images, unreadable
-from zoo.data.image_sets import DiskImages, ImageSet, MemoryImages
+from zoo.data.image_sets import CorruptedImages, DiskImages, ImageSet, MemoryImages
 from zoo.data.loaders import DistributedBatchSampler, Loader, TrainingLoader, collate_unchanged
 from zoo.data.preflight import examine
 from zoo.models.transform import ImageTransform
@@ -31,7 +32,7 @@ STAGES = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "pre
 SPLITS = ("train", "val", "test")
 
 # Arguments that say how images are used, not which they are.
-USES = ("batch_size", "augment", "class_weights", "predict")
+USES = ("batch_size", "augment", "class_weights", "predict", "corruption")
 
 # Held-out images never depend on the global seed, so that accuracies of different runs compare.
 SPLIT_SEED = 0
@@ -64,14 +65,17 @@ class ImageData(L.LightningDataModule, abc.ABC):
         batch_size: images a batch (and a device).
         val_fraction: share of the training images held out for validation.
         augment: of training images: "none", "crop" (random shift), "crop_flip" (and mirroring), "crop_flip_cutout"
-            (and a black square) or "resized_crop_flip" (random resized crop and mirroring); ``default_augment`` by
+            (and a black square), "crop_flip_light" (and other brightness and contrast) or "resized_crop_flip" (random
+            resized crop and mirroring); ``default_augment`` by
             default.
         class_weights: factors of the training loss, one for each class; or "auto", by which each class counts as much
             as any other however many images it has (inverse frequency); none by default.
         predict: image file or folder for predict; the test images by default.
+        corruption: what test images are changed by when the test loader reads them, as "NAME:SEVERITY", e.g. "fog:3"
+            (see ``zoo.corruptions``); nothing by default.
 
     Raises:
-        ValueError: a number outside its range, an unknown ``augment``, or no image under ``predict``.
+        ValueError: a number outside its range, an unknown ``augment`` or ``corruption``, or no image under ``predict``.
         FileNotFoundError: ``predict`` does not exist.
     """
 
@@ -91,6 +95,7 @@ class ImageData(L.LightningDataModule, abc.ABC):
         augment: Augment | None,
         class_weights: ClassWeights,
         predict: str | None,
+        corruption: str | None,
     ) -> None:
         super().__init__()
         if batch_size < 1:
@@ -104,6 +109,7 @@ class ImageData(L.LightningDataModule, abc.ABC):
         self.val_fraction = val_fraction
         self.augment = augment
         self.class_weights = class_weights
+        self.corruption = None if corruption is None else parse_corruption(corruption)
         self.num_workers = 0
         self.memory_limit_mb = 2048
         self.predict_files = [] if predict is None else [str(file) for file in find_images(Path(predict))]
@@ -294,6 +300,8 @@ class ImageData(L.LightningDataModule, abc.ABC):
 
     def _loader(self, split: str) -> Loader:
         images, trainer, shuffle = self.split(split), self.trainer, split == "train"
+        if split == "test" and self.corruption:
+            images = CorruptedImages(images, *self.corruption)
         processes = trainer.world_size if trainer else 1
         sampler = DistributedBatchSampler(
             len(images),

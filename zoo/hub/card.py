@@ -75,6 +75,8 @@ def _facts(config: Mapping[str, Any], plain: bool) -> list[tuple[str, str]]:
         facts += [(f"accuracy under {attack}, {where}", f"{share:.3f}") for attack, share in shares.items()]
         doubts = "; ".join(robustness["suspected"])
         facts.append(("masked gradients", f"suspected: {doubts}" if doubts else "not suspected"))
+    if corruptions := config.get("corruptions"):
+        facts += _corruption_facts(corruptions, plain)
     if "speed" in config:
         speed = config["speed"]
         for mode in ("eager", "compiled"):
@@ -97,6 +99,18 @@ def _facts(config: Mapping[str, Any], plain: bool) -> list[tuple[str, str]]:
         ("licence of the weights", config["licence"]),
         ("sha256 of `model.safetensors`", f"`{config['sha256']}`"),
     ]
+    return facts
+
+
+def _corruption_facts(record: Mapping[str, Any], plain: bool) -> list[tuple[str, str]]:
+    images = f"{record['images']:,} test images"
+    facts = [(f"mean accuracy under 15 corruptions at 5 severities, {images}", f"{record['mean']:.3f}")]
+    if "corruption_error" in record and not plain:
+        facts.append(("mean corruption error, the twin's being 1", f"{record['corruption_error']:.3f}"))
+    by_corruption = ", ".join(f"{name} {share:.3f}" for name, share in record["by_corruption"].items())
+    facts.append((f"accuracy by corruption, {images}", by_corruption))
+    by_light = ", ".join(f"{way.replace(' x ', ' × ')} {share:.3f}" for way, share in record["by_light"].items())
+    facts.append((f"accuracy in bad light, {images} (as they are: {record['clean']:.3f})", by_light))
     return facts
 
 

@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
+from zoo.arithmetic import exact_arithmetic
 from zoo.models.image_model import ImageModel
-from zoo.robustness.probes import PROBES, ModelUnderAttack, exact_arithmetic
+from zoo.robustness.probes import PROBES, ModelUnderAttack
 from zoo.robustness.protocol import EPS
 
 ATTACKED_BATCH = 50

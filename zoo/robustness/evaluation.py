@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import zoo
+from zoo.arithmetic import exact_arithmetic
 from zoo.checkpoints.config import read_config
 from zoo.data import ImageData
 from zoo.data.measuring import check_data
@@ -17,7 +18,7 @@ from zoo.models.names import family_of, is_plain
 from zoo.models.spec import ModelSpec
 from zoo.provenance import origin
 from zoo.robustness.ledger import Ledger
-from zoo.robustness.probes import EFFORTS, PROBES, ModelUnderAttack, exact_arithmetic
+from zoo.robustness.probes import EFFORTS, PROBES, ModelUnderAttack
 from zoo.robustness.protocol import BATCH, EPS, PROTOCOL, SEED, Step, protocol
 from zoo.robustness.result import Result
 from zoo.statistics import evenly_spaced

@@ -243,17 +243,6 @@ def require_packages(probes: Iterable[str]) -> None:
 
 
 @contextmanager
-def exact_arithmetic() -> Iterator[None]:
-    """While it lasts, products are computed in full float32."""
-    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
-
-
-@contextmanager
 def listening(name: str) -> Iterator[list[str]]:
     """Collect the warnings that a logger gives, each once, instead of showing them."""
     said: list[str] = []

@@ -21,7 +21,7 @@ from zoo.training.classifier import Classifier
 
 # Settings that came later, and their defaults.
 LATER = {
-    "data": {"class_weights": None, "draft": True},
+    "data": {"class_weights": None, "draft": True, "corruption": None},
     "model": {"depthwise": False, "keep": None, "distil": 0, "teacher": None, "freeze_norms": False},
 }
 # Settings that say how a run's network was made, and what they are once it is there.

@@ -1,0 +1,177 @@
+"""How faithful explanations are: python -m benchmarks.explanations [NAME ...]
+
+The grid pointing game: images of different classes that a network names right most confidently are put together to a
+grid, and of each explanation of one of these classes the share is taken that lies in its cell. Deletion and insertion:
+the pixels that an explanation calls most important are replaced by the mean colour, or put back first. How large β(x)
+is beside the logit. Writes results/explanations.json; what it already has of these checkpoints is kept.
+
+Source: Böhle et al., Convolutional Dynamic Alignment Networks for Interpretable Classifications, CVPR 2021 (the grid
+pointing game); Petsiuk et al., RISE, BMVC 2018 (deletion and insertion).
+"""
+
+import argparse
+import os
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import zoo
+from benchmarks import measure
+from benchmarks.explainers import EXPLAINERS
+from zoo.checkpoints.config import read_config
+from zoo.data.measuring import data_for
+from zoo.models.image_model import ImageModel
+
+OUTPUT = measure.RESULTS / "explanations.json"
+NAMES = ("cifar10_resnet20_conv", "cifar10_resnet20_tanh_cosine", "cifar10_resnet20_sphere_cosine")
+# Grids of so many cells a side, and how many of them.
+GRIDS = {2: 150, 3: 60}
+BATCH = 25
+# Maps are smoothed by a window of so many parts of an image's side.
+SMOOTHING = 6
+CURVE_IMAGES, CURVE_STEPS = 200, 16
+BOOTSTRAPS = 2000
+
+
+def confident(model: ImageModel, images: Tensor, labels: Tensor) -> dict[int, list[int]]:
+    """Return for each class the places of the images that are named right, the most confident first."""
+    with torch.inference_mode():
+        probabilities = torch.cat([model(batch) for batch in images.split(BATCH * 10)]).softmax(1)
+    right = probabilities.argmax(1) == labels
+    found = {}
+    for label in range(len(model.class_names)):
+        places = (right & (labels == label)).nonzero()[:, 0]
+        found[label] = places[probabilities[places, label].argsort(descending=True)].tolist()
+    return found
+
+
+def make_grids(images: Tensor, places: dict[int, list[int]], side: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return grids (M, C, side · H, side · W), the class that is asked for in each, and its cell.
+
+    Each image is in one grid, and each grid has ``side²`` classes. Of a class, the most confident images are taken
+    first; where they are used up, there are fewer grids.
+    """
+    draw, left = random.Random(0), {label: list(found) for label, found in places.items()}
+    grids, targets, cells = [], [], []
+    for _ in range(count):
+        # Those with most images left, so that all classes are used alike.
+        order = sorted(left, key=lambda label: (-len(left[label]), draw.random()))
+        chosen = order[: side**2]
+        if not all(left[label] for label in chosen):
+            break
+        draw.shuffle(chosen)
+        parts = images[[left[label].pop(0) for label in chosen]]
+        rows = [torch.cat(list(parts[row * side : (row + 1) * side]), dim=2) for row in range(side)]
+        cell = draw.randrange(side**2)
+        grids.append(torch.cat(rows, dim=1))
+        targets.append(chosen[cell])
+        cells.append(cell)
+    return torch.stack(grids), torch.tensor(targets), torch.tensor(cells)
+
+
+def smoothed(maps: Tensor, size: int) -> Tensor:
+    """Return maps (N, H, W), each pixel the mean of a window, odd and about ``size / SMOOTHING`` wide."""
+    width = size // SMOOTHING // 2 * 2 + 1
+    return F.avg_pool2d(maps.unsqueeze(1), width, 1, width // 2, count_include_pad=False)[:, 0]
+
+
+def pointing(maps: Tensor, cells: Tensor, side: int, size: int) -> Tensor:
+    """Return for each grid the share of the positive part of its smoothed map that lies in the cell asked for."""
+    positive = smoothed(maps, size).clamp_min(0)
+    shares = positive.unflatten(2, (side, -1)).unflatten(1, (side, -1)).sum((2, 4)).flatten(1)
+    return shares.gather(1, cells[:, None])[:, 0] / shares.sum(1).clamp_min(1e-12)
+
+
+def in_batches(explain: Callable[..., Tensor], model: ImageModel, images: Tensor, target: Tensor) -> Tensor:
+    parts = zip(images.split(BATCH), target.split(BATCH), strict=True)
+    return torch.cat([explain(model, *part).detach() for part in parts])
+
+
+def curves(model: ImageModel, images: Tensor, target: Tensor, maps: Tensor) -> dict[str, Tensor]:
+    """Return for each image the mean probability of its class as pixels are deleted, and as they are put back."""
+    order = smoothed(maps, images.shape[-1]).flatten(1).argsort(1, descending=True).argsort(1).view(maps.shape)
+    blank = model.mean.expand_as(images)
+    found: dict[str, list[Tensor]] = {"deletion": [], "insertion": []}
+    with torch.inference_mode():
+        for step in range(CURVE_STEPS + 1):
+            taken = (order < step * order[0].numel() / CURVE_STEPS).unsqueeze(1)
+            for kind, changed in (
+                ("deletion", torch.where(taken, blank, images)),
+                ("insertion", torch.where(taken, images, blank)),
+            ):
+                probability = model(changed).softmax(1).gather(1, target[:, None])[:, 0]
+                found[kind].append(probability)
+    return {kind: torch.stack(values).mean(0) for kind, values in found.items()}
+
+
+def summary(values: Tensor) -> dict[str, float | int]:
+    """Return the mean of values of single images, its bootstrap interval of 95 %, and how many they are."""
+    values = values.double().numpy()
+    drawn = numpy.random.default_rng(0).integers(0, len(values), (BOOTSTRAPS, len(values)))
+    low, high = numpy.quantile(values[drawn].mean(1), (0.025, 0.975))
+    return {"mean": round(float(values.mean()), 4), "low": round(low, 4), "high": round(high, 4), "n": len(values)}
+
+
+def measured(name: str, root: str | None, grids: dict[int, int], explainers: Sequence[str]) -> dict[str, Any]:
+    """Return what is measured of a checkpoint."""
+    model = zoo.load(name)
+    config, data = read_config(zoo.find(name)), data_for(name, None, root)
+    pairs = list(data.evaluation_batches("test"))
+    images, labels = (torch.cat([pair[place] for pair in pairs]) for place in (0, 1))
+    places = confident(model, images, labels)
+    record: dict[str, Any] = {"checkpoint": name, "sha256": config["sha256"], "data": data.title}
+    size = images.shape[-1]
+    for side, count in grids.items():
+        together, target, cells = make_grids(images, places, side, count)
+        record[f"pointing {side}×{side}"] = {}
+        for explainer in explainers:
+            maps = in_batches(EXPLAINERS[explainer], model, together, target)
+            record[f"pointing {side}×{side}"][explainer] = found = summary(pointing(maps, cells, side, size))
+            print(f"{name}, {side}×{side}, {explainer}: {found['mean']:.3f}", flush=True)
+    # The same evenly spaced images for all networks.
+    some, _ = data.evenly_spaced("test", CURVE_IMAGES)
+    with torch.no_grad():
+        target = model(some).argmax(1)
+    for explainer in explainers:
+        found = curves(model, some, target, in_batches(EXPLAINERS[explainer], model, some, target))
+        record[explainer] = {kind: summary(values) for kind, values in found.items()}
+    explanation = zoo.explain(model, some)
+    share = explanation.bias.abs() / explanation.logit.abs()
+    record["bias"] = {"median of |bias| / |logit|": round(share.median().item(), 3), "n": len(some)}
+    record["bias"] |= {
+        "mean logit": round(explanation.logit.mean().item(), 3),
+        "mean bias": round(explanation.bias.mean().item(), 3),
+    }
+    return record
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "names", nargs="*", default=NAMES, metavar="NAME", help="checkpoints (default: those of CIFAR-10)"
+    )
+    parser.add_argument("--root", help="the folder of the images (default: as recorded)")
+    parser.add_argument("--output", type=Path, default=OUTPUT, help="the file of results (default: %(default)s)")
+    parser.add_argument("--grids", type=int, help="how many of each size (default: 150 of 2×2, 60 of 3×3)")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads (default: %(default)s)")
+    parsed = parser.parse_args()
+    torch.set_num_threads(parsed.threads)
+    grids = {side: parsed.grids or count for side, count in GRIDS.items()}
+    settings = {"grids": {str(side): count for side, count in grids.items()}}
+    rows = measure.earlier(parsed.output, settings).get("rows", [])
+    for name in parsed.names:
+        sha256 = read_config(zoo.find(name))["sha256"]
+        if not any(row["checkpoint"] == name and row["sha256"] == sha256 for row in rows):
+            rows = [row for row in rows if row["checkpoint"] != name]
+            rows.append(measured(name, parsed.root, grids, list(EXPLAINERS)))
+            measure.write({**settings, **measure.describe("cpu", parsed.threads), "rows": rows}, parsed.output)
+
+
+if __name__ == "__main__":
+    main()

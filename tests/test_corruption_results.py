@@ -1,0 +1,172 @@
+"""``python -m zoo corruptions`` and ``--data.corruption``: what is measured, kept, compared and told."""
+
+import pytest
+import torch
+
+import zoo
+from tests.command_line import fit, run  # noqa: F401
+from zoo.checkpoints.config import read_config
+from zoo.commands.console import main
+from zoo.corruptions.corruption import CORRUPTIONS, corrupted, corruption_keys
+from zoo.data import Digits
+from zoo.data.image_sets import CorruptedImages
+from zoo.robustness.corruption_evaluation import changed_images, evaluate_corruptions
+from zoo.robustness.corruption_report import seeds_table, severities_table
+from zoo.robustness.corruption_result import COUNTED, FACTORS, CorruptionResult, keys, scale_key
+from zoo.statistics import paired_difference
+
+pytestmark = pytest.mark.filterwarnings("ignore:The number of training batches")
+
+NAMES = ["digits_cnn6_conv", "digits_cnn6_sphere_cosine"]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    work = tmp_path_factory.mktemp("work")
+    return evaluate_corruptions(NAMES, Digits(), limit=60, device="cpu", work=work)
+
+
+def made_up(right, images=4, name="digits_cnn6_conv"):
+    about = {"checkpoint": name, "data": "Digits", "split": "test", "images": images, "input_size": 8, "grey": True}
+    return CorruptionResult(about, {key: right(key) for key in keys()})
+
+
+def test_every_way_is_measured_image_by_image(results):
+    model, data = zoo.load(NAMES[1]), Digits()
+    test = data.split("test")
+    places = [(2 * place + 1) * 360 // 120 for place in range(60)]
+    images, labels = test.__getitems__(places)
+    assert list(results[1].right) == keys() and len(keys()) == 1 + 19 * 5 + 2 * len(FACTORS)
+    for key in ("clean", "fog:4", "contrast x 0.25"):
+        changed = changed_images(images, key, corruption_keys(torch.tensor(places)))
+        with torch.no_grad():
+            expected = model(changed).argmax(1) == labels
+        assert torch.equal(results[1].right[key], expected)
+    assert torch.equal(
+        changed_images(images, "fog:4", corruption_keys(torch.tensor(places))),
+        corrupted(images, "fog", 4, corruption_keys(torch.tensor(places))).float() / 255,
+    )
+    assert results[0].about["images"] == 60 and results[0].is_of_the_same_images(results[1])
+
+
+def test_a_result_is_read_as_it_was_written(results, tmp_path):
+    results[1].write(tmp_path / "result.json")
+    read = CorruptionResult.read(tmp_path / "result.json")
+    assert all(torch.equal(read.right[key], values) for key, values in results[1].right.items())
+    assert read.about["accuracy"]["clean"] == pytest.approx(results[1].accuracy("clean"), abs=0.01)
+    (tmp_path / "result.json").write_text("{}")
+    with pytest.raises(ValueError, match="holds no result on corrupted images"):
+        CorruptionResult.read(tmp_path / "result.json")
+
+
+def test_a_killed_run_goes_on_and_measures_nothing_twice(tmp_path, monkeypatch):
+    steps = []
+
+    def stop(step, done, total):
+        steps.append(step)
+        if done == 3:
+            raise KeyboardInterrupt
+
+    settings = {"limit": 20, "device": "cpu", "work": tmp_path}
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_corruptions(NAMES[:1], Digits(), **settings, tell=stop)
+    asked = []
+    monkeypatch.setattr(
+        "zoo.robustness.corruption_evaluation.changed_images",
+        lambda images, key, drawn: asked.append(key) or changed_images(images, key, drawn),
+    )
+    evaluate_corruptions(NAMES[:1], Digits(), **settings)
+    assert asked == keys()[3:]
+
+
+def test_numbers_are_those_of_their_definitions():
+    # The twin is right on two images of four, this one on three, but on one under fog.
+    twin = made_up(lambda key: torch.tensor([True, True, False, False]))
+    mine = made_up(lambda key: torch.tensor([True, not key.startswith("fog"), not key.startswith("fog"), False]))
+    assert mine.accuracy("clean") == 75 and mine.accuracy("fog:3") == 25
+    assert mine.mean_accuracy() == pytest.approx((14 * 75 + 25) / 15)
+    # Errors of 25 or 75 % by the twin's 50 %.
+    assert mine.corruption_error(twin) == pytest.approx(100 * (14 * 0.5 + 1.5) / 15)
+    assert twin.corruption_error(twin) == pytest.approx(100)
+    mean, low, high = mine.difference(twin, ["fog"])
+    assert mean == -25 and low < -25 < high
+    assert "saturate" not in COUNTED and len(COUNTED) == 15
+    assert paired_difference([1, 1, 0, 0], [0, 0, 0, 0]) == pytest.approx((0.5, 0.5 - 0.566, 0.5 + 0.566), abs=1e-3)
+
+
+def test_tables_of_seeds_have_mean_and_deviation():
+    seeds = [made_up(lambda key, count=count: torch.arange(4) < count) for count in (1, 2, 3)]
+    table = seeds_table({"conv": seeds, "alone": seeds[:1]})
+    assert "| clean | 50.0 ± 25.0 | 25.0 |" in table and "| contrast x 0.05 | 50.0 ± 25.0 | 25.0 |" in table
+    assert "| fog | 3 | 50.0 |" in severities_table({"conv": seeds})
+
+
+def test_the_command_tells_writes_and_records(run, tmp_path):  # noqa: F811
+    for name in NAMES:
+        metrics = [zoo.Metric(**metric) for metric in read_config(zoo.find(name))["metrics"]]
+        zoo.save(zoo.load(name), tmp_path / name, metrics=metrics)
+    folders = [f"./{name}" for name in NAMES]
+    words = ["corruptions", *folders, "--data", "Digits", "--limit", "200", "--to", "out", "--record"]
+    status, printed, errors = run(*words, main=main)
+    assert status == 0, errors
+    assert "Mean corruption error relative to the twin" in printed
+    first, second = (CorruptionResult.read(tmp_path / "out" / f"{name}.json") for name in NAMES)
+    expected = dict(zip(NAMES, (0, second.corruption_error(first) / 100), strict=True))
+    for name in NAMES:
+        found = CorruptionResult.read(tmp_path / "out" / f"{name}.json")
+        assert (tmp_path / "out" / f"{name}.md").is_file()
+        record = read_config(tmp_path / name)["corruptions"]
+        assert record["images"] == 200 and list(record["by_corruption"]) == list(CORRUPTIONS)
+        assert record["clean"] == pytest.approx(found.accuracy("clean") / 100, abs=1e-4)
+        assert record["by_light"][scale_key("contrast", 0.25)] <= 1
+        card = (tmp_path / name / "README.md").read_text()
+        assert "15 corruptions" in card and "contrast × 0.25" in card
+        assert record.get("corruption_error", 0) == pytest.approx(expected[name], abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["corruptions", "digits_cnn6"], "unknown checkpoint 'digits_cnn6'"),
+        (["corruptions", *NAMES, "--limit", "0"], "above 0"),
+        (["corruptions", NAMES[0], "cifar10_resnet20_conv"], "choose the data it was trained on"),
+    ],
+    ids=["name", "limit", "other images"],
+)
+def test_wrong_words_are_told(words, told, run):  # noqa: F811
+    status, _, errors = run(*words, main=main)
+    assert status and told in errors and "Traceback" not in errors
+
+
+def test_test_images_are_corrupted_when_they_are_read():
+    data = Digits(corruption="contrast:5")
+    plain = Digits()
+    batches = list(data.test_dataloader())
+    images = torch.cat([images for images, _ in batches])
+    clean = plain.split("test")
+    expected = corrupted(clean.images, "contrast", 5, corruption_keys(torch.arange(360)))
+    assert torch.equal(images, expected) and torch.equal(torch.cat([labels for _, labels in batches]), clean.labels)
+    # All other splits, and what a network is measured on, stay as they are.
+    assert torch.equal(torch.cat([images for images, _ in data.val_dataloader()]), plain.split("val").images)
+    assert isinstance(data.test_dataloader().dataset, CorruptedImages) and data.split("test") is not None
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [("fgo:3", "Did you mean 'fog'"), ("fog", "write NAME:SEVERITY"), ("fog:6", "must be 1 to 5, got '6'")],
+)
+def test_wrong_corruptions_are_told(words, told):
+    with pytest.raises(ValueError, match=told):
+        Digits(corruption=words)
+
+
+def test_the_command_line_tests_on_corrupted_images(run):  # noqa: F811
+    checkpoint = fit(run)
+    accuracies = []
+    for words in ([], ["--data.corruption", "contrast:5"], ["--data.corruption", "contrast:5"]):
+        status, printed, errors = run("test", "--ckpt_path", checkpoint, *words)
+        assert status == 0, errors
+        accuracies.append(next(line for line in printed.splitlines() if "test_loss" in line))
+    assert accuracies[0] != accuracies[1] == accuracies[2]
+    status, _, errors = run("test", "--ckpt_path", checkpoint, "--data.corruption", "fgo:3")
+    assert status and "Did you mean 'fog'" in errors

@@ -1,0 +1,78 @@
+"""The command that shows why a network answers as it does: explain."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import zoo
+from zoo.checkpoints.catalogue import list_checkpoints
+from zoo.commands.arguments import OUTPUTS, Commands, add_device
+from zoo.explanations.picture import draw_explanations, explain_image
+from zoo.models.names import is_plain, twin_of
+from zoo.training.device import Device
+
+# Stands for the twin that the checkpoint's name tells.
+OWN_TWIN = ""
+
+
+def add_commands(commands: Commands) -> None:
+    """Add the command and what it takes."""
+    command = commands.add_parser("explain", help="draw what in an image speaks for and against its likeliest classes")
+    command.description = (
+        "Draw what each pixel contributes to the logit of the likeliest class and of the second likeliest. "
+        "Contributions and bias add up to the logit."
+    )
+    command.add_argument("name", help="the checkpoint: a name, a folder or a Hub repository")
+    command.add_argument("images", nargs="+", type=Path, metavar="image", help="an image file")
+    command.add_argument("--output", type=Path, default=OUTPUTS / "explanation.png", help="the picture")
+    command.add_argument("--target", metavar="CLASS", help="in place of the second likeliest class")
+    command.add_argument(
+        "--twin", nargs="?", const=OWN_TWIN, metavar="NAME", help="another network below, by default the plain twin"
+    )
+    add_device(command)
+    command.set_defaults(function=explain)
+
+
+def explain(
+    name: str,
+    *,
+    images: Sequence[Path],
+    output: Path,
+    target: str | None = None,
+    twin: str | None = None,
+    device: str = "auto",
+) -> None:
+    """Explain images by a network, and by its twin if wanted; print the sums and draw the maps."""
+    device = Device.choose(device, compile=False).name
+    models = {name: zoo.load(name, device=device)}
+    if twin is not None:
+        other = twin or _twin(name, models[name].spec.operator_name)
+        models[other] = zoo.load(other, device=device)
+    rows = []
+    for path in images:
+        for label, model in models.items():
+            if not path.is_file():
+                raise FileNotFoundError(f"no image file {path}; check the path")
+            image = (model.transform.read(path).float() / 255).to(device)
+            row = explain_image(Path(label).name, path.name, model, image, target)
+            rows.append(row)
+            for explained in (row.best, row.other):
+                pixels, bias = explained.contributions.sum().item(), explained.bias.item()
+                what = f"{model.class_names[explained.target]}, logit {explained.logit.item():.2f}"
+                print(f"{path} by {row.network}: {what} = {pixels:.2f} of the pixels + bias {bias:.2f}")
+    draw_explanations(rows, output)
+    print(f"picture: {output}")
+
+
+def _twin(name: str, operator: str) -> str:
+    """Return the plain twin of a checkpoint: embedded, or in the folder beside it.
+
+    Raises:
+        ValueError: there is none, or the checkpoint is plain itself.
+    """
+    if is_plain(Path(name).name):
+        raise ValueError(f"{name} is plain itself; name the network to compare it with: --twin NAME")
+    twin = twin_of(os.path.normpath(name), operator)
+    if Path(twin).is_dir() or twin in list_checkpoints():
+        return twin
+    raise ValueError(f"no plain twin {twin} of {name}; name the network to compare it with: --twin NAME")

@@ -1,0 +1,1 @@
+"""Corrupted images: noise, blur, weather, digital artefacts and bad light."""

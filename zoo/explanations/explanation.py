@@ -1,0 +1,204 @@
+"""``explain``: what each pixel contributes to a logit, by the very computation of the network."""
+
+import copy
+import dataclasses
+import traceback
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, fx, nn
+
+from operators import decoupled_layers
+from operators.evaluation_mode import evaluating
+from operators.fold import FoldedConv2d
+from operators.fused import no_autocast
+from operators.linear_map import NotLinearError, Signal
+from operators.lookup import look_up
+from zoo.arithmetic import exact_arithmetic
+from zoo.explanations.layer_maps import LayerMaps, layer_maps, recording
+from zoo.models.image_model import ImageModel
+
+Class = int | str
+
+# Contributions and bias add up to the logit within so much of the image's largest logit.
+TOLERANCE = 1e-4
+
+
+@dataclasses.dataclass(frozen=True)
+class Explanation:
+    """What made up one logit of each image: ``contributions.sum((1, 2, 3)) + bias = logit``.
+
+    Attributes:
+        contributions: of each pixel and channel, ``W(x) ⊙ x``, float32 (N, C, H, W), in the units of the logit. ``x``
+            is the normalised image: a pixel of the mean colour contributes nothing.
+        bias: ``β(x)``, what no pixel contributes, (N,).
+        logits: (N, num_classes).
+        target: the class that is explained, int64 (N,).
+        layers: the maps of the layers that were asked for, by their names.
+    """
+
+    contributions: Tensor
+    bias: Tensor
+    logits: Tensor
+    target: Tensor
+    layers: Mapping[str, LayerMaps]
+
+    @property
+    def logit(self) -> Tensor:
+        """The logit that is explained, (N,)."""
+        return _chosen(self.logits, self.target)
+
+
+def explain(
+    model: nn.Module,
+    images: Tensor,
+    target: Class | Sequence[Class] | Tensor | None = None,
+    *,
+    layers: Sequence[str] = (),
+) -> Explanation:
+    """Say what each pixel contributes to the logit of a class.
+
+    Every factor by which a layer multiplies is held fixed, such as ``weighting(‖w‖) h(n) g(c) / (n c)`` of a decoupled
+    convolution, a gate, or a normaliser's standard deviation: for this image the network is then ``W(x) · x + β(x)``,
+    exactly. The model is explained in evaluation mode and float32 (float64, if it is), and left as it was. It costs
+    about three forward passes.
+
+    Args:
+        model: one of the zoo, or any convolutional network, converted or plain.
+        images: (N, C, H, W): for a model of the zoo in [0, 1], for another network as it takes them.
+        target: the class, by its index or, for a model of the zoo, its name; one for all images, or one for each. By
+            default the likeliest of each image.
+        layers: names of decoupled layers of the network, whose maps are wanted.
+
+    Raises:
+        TypeError: a module that computes something of which nobody has said what linear map it is, named in the
+            message; a compiled, exported or folded network; images that are no tensor of floats.
+        ValueError: an unknown class or layer, or images that the model refuses.
+        ArithmeticError: contributions and bias do not add up to the logit, within 1e-4 of the image's largest logit.
+
+    Source: for B-cos networks, Böhle et al., B-cos Networks: Alignment is All We Need for Interpretability, CVPR 2022.
+    """
+    _check(model, images)
+    model = _in_single_precision(model)
+    parameter = next(model.parameters())
+    images = images.detach().to(parameter.device, parameter.dtype)
+    is_ours = isinstance(model, ImageModel)
+    network = model.network if is_ours else model
+    legal = decoupled_layers(network)
+    chosen = {name: look_up(legal, name, "decoupled layer") for name in layers}
+    with evaluating(model), exact_arithmetic(), no_autocast(parameter.device.type):
+        with torch.no_grad():
+            logits = model(images)
+            x = (images - model.mean) / model.std if is_ours else images.clone()
+        target = _indices(target, logits, model.class_names if is_ours else None)
+        one = x.new_ones(len(x))
+        with torch.enable_grad(), recording(chosen) as recorded:
+            answer = _linear_answer(network, x.requires_grad_(), one.requires_grad_())
+            inputs = [x, one, *(found.output for found in recorded.values())]
+            weights, bias, *gradients = torch.autograd.grad(
+                _chosen(answer, target).sum(), inputs, materialize_grads=True
+            )
+        contributions = weights * x.detach()
+        _check_sum(contributions, bias, logits, target)
+        found = zip(recorded.items(), gradients, strict=True)
+        maps = {name: layer_maps(record, gradient, x.shape[-2:]) for (name, record), gradient in found}
+    return Explanation(contributions, bias, logits, target, maps)
+
+
+def _check(model: nn.Module, images: Tensor) -> None:
+    if not isinstance(model, nn.Module):
+        what = "the network before torch.export" if type(model).__name__ == "ExportedProgram" else "a network"
+        raise TypeError(f"explain takes {what}, got {type(model).__name__}")
+    if type(model).__name__ == "OptimizedModule" or model._compiled_call_impl is not None:
+        raise TypeError("explain takes the network before torch.compile, which would compile each step of it")
+    if isinstance(model, torch.jit.ScriptModule | fx.GraphModule):
+        raise TypeError(f"explain takes the network before it was exported or traced, got {type(model).__name__}")
+    if any(isinstance(module, FoldedConv2d) for module in model.modules()):
+        raise TypeError("explain takes the network before operators.fold; fold returned a copy, so it is still there")
+    if not any(True for _ in model.parameters()):
+        raise TypeError(f"explain takes a network, and {type(model).__name__} has no parameters")
+    if not isinstance(images, Tensor) or not images.is_floating_point():
+        kind = images.dtype if isinstance(images, Tensor) else type(images).__name__
+        raise TypeError(
+            f"images must be a tensor of floats (N, C, H, W), got {kind}; model.transform(image)[None] makes one of a "
+            "PIL image, image.float() / 255 of bytes"
+        )
+    if images.dim() != 4 or not images.numel():
+        raise ValueError(f"images must be (N, C, H, W) with at least one image, got {tuple(images.shape)}")
+
+
+def _in_single_precision(model: nn.Module) -> nn.Module:
+    """Return the model, or a copy in float32 of one in half precision."""
+    half = any(parameter.dtype in (torch.float16, torch.bfloat16) for parameter in model.parameters())
+    return copy.deepcopy(model).float() if half else model
+
+
+def _indices(
+    target: Class | Sequence[Class] | Tensor | None, logits: Tensor, class_names: Sequence[str] | None
+) -> Tensor:
+    """Return the index of the class that is explained, for each image.
+
+    Raises:
+        ValueError: an unknown class, logits that are no (N, classes), or another number of classes than of images.
+    """
+    if not isinstance(logits, Tensor) or logits.dim() != 2:
+        raise ValueError("explain takes a network that answers with logits (N, classes)")
+    count, number = logits.shape
+    if target is None:
+        return logits.argmax(1)
+    wanted = target.tolist() if isinstance(target, Tensor) else target
+    wanted = [wanted] * count if isinstance(wanted, int | str) else list(wanted)
+    if len(wanted) != count:
+        raise ValueError(f"target is one class, or one for each of {count} images, got {len(wanted)}")
+    indices = []
+    for value in wanted:
+        if isinstance(value, str):
+            if class_names is None:
+                raise ValueError(f"this network does not know the names of its classes; give {value!r} as an index")
+            value = look_up({name: index for index, name in enumerate(class_names)}, value, "class")
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < number:
+            raise ValueError(f"a class is an index from 0 to {number - 1} or a name, got {value!r}")
+        indices.append(value)
+    return torch.tensor(indices, device=logits.device)
+
+
+def _linear_answer(network: nn.Module, x: Tensor, one: Tensor) -> Tensor:
+    """Return the logits, linear in ``x`` and ``one``.
+
+    Raises:
+        TypeError: the module, by its name, that computes what no rule is known for.
+    """
+    try:
+        answer = network(Signal.of(x, one))
+    except NotLinearError as error:
+        names = {module: name for name, module in network.named_modules()}
+        frames = [frame.f_locals.get("self") for frame, _ in traceback.walk_tb(error.__traceback__)]
+        module = [value for value in frames if isinstance(value, nn.Module) and value in names][-1]
+        where = f"{names[module] or 'the network'} ({type(module).__name__})"
+        raise TypeError(
+            f"{where} computes {error}, and what linear map that is for one image is not known; a rule for it "
+            "is one row of operators.linear_map.RULES"
+        ) from error
+    if not isinstance(answer, Signal):
+        raise TypeError(f"{type(network).__name__} answers with a gate or a probability; explain takes logits")
+    return answer.as_subclass(Tensor)
+
+
+def _chosen(logits: Tensor, target: Tensor) -> Tensor:
+    return logits.gather(1, target.unsqueeze(1)).squeeze(1)
+
+
+def _check_sum(contributions: Tensor, bias: Tensor, logits: Tensor, target: Tensor) -> None:
+    """Refuse contributions that do not add up.
+
+    Raises:
+        ArithmeticError: they and the bias differ from the logit by more than ``TOLERANCE`` of the largest logit.
+    """
+    total = contributions.double().sum((1, 2, 3)) + bias.double()
+    difference = (total - _chosen(logits, target).double()).abs() / logits.abs().amax(1).double().clamp_min(1e-30)
+    # Written so that NaN is refused, too.
+    if not (difference <= TOLERANCE).all():
+        raise ArithmeticError(
+            f"contributions and bias differ from the logit by {difference.max():.1e} of the largest logit, more than "
+            f"{TOLERANCE:.0e}: the network computes something outside torch's functions (a custom autograd function?)"
+        )

@@ -1,0 +1,144 @@
+"""Results on corrupted images as tables in Markdown, and what a card says of them."""
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from zoo.corruptions.corruption import CORRUPTIONS, SEVERITIES
+from zoo.markdown import markdown_table
+from zoo.robustness.corruption_result import CLEAN, COUNTED, FACTORS, SCALES, CorruptionResult, scale_key
+
+# How strong bad light is where it is told in one number.
+TOLD_FACTOR = 0.25
+
+
+def corruption_report(result: CorruptionResult, twin: CorruptionResult | None) -> str:
+    """Return what was measured of a checkpoint, beside its plain twin if that was measured on the same images."""
+    about = result.about
+    lines = [
+        f"# {about['checkpoint']} on corrupted images",
+        f"{about['images']:,} test images of {about['data']}. Accuracy in percent; severities 1 to 5.",
+        _table(result, twin),
+        scale_table({about["checkpoint"]: result, **({twin.about["checkpoint"]: twin} if twin else {})}),
+    ]
+    return "\n\n".join(lines) + "\n"
+
+
+def _table(result: CorruptionResult, twin: CorruptionResult | None) -> str:
+    header = ["corruption", *map(str, SEVERITIES), "mean"] + ["twin", "difference (95 %)"] * bool(twin)
+    rows = []
+    for name, corruption in CORRUPTIONS.items():
+        cells = [f"{result.accuracy(f'{name}:{severity}'):.1f}" for severity in SEVERITIES]
+        rows.append([f"{name}{' (spare)' * corruption.spare}", *cells, *_compared(result, twin, [name])])
+    blank = [""] * len(SEVERITIES)
+    rows.append(["mean of the fifteen", *blank, *_compared(result, twin, COUNTED)])
+    rows.append(
+        ["clean", *blank, *(f"{each.accuracy(CLEAN):.1f}" for each in (result, twin) if each), ""][: len(header)]
+    )
+    table = markdown_table(header, rows)
+    if twin:
+        table += f"\n\nMean corruption error relative to the twin: {result.corruption_error(twin):.1f} %."
+    return table
+
+
+def _compared(result: CorruptionResult, twin: CorruptionResult | None, names: Sequence[str]) -> list[str]:
+    mean = f"{result.mean_accuracy(names):.1f}"
+    if twin is None:
+        return [mean]
+    return [mean, f"{twin.mean_accuracy(names):.1f}", signed(*result.difference(twin, names))]
+
+
+def signed(mean: float, low: float, high: float) -> str:
+    """Return a difference with its interval."""
+    return f"{mean:+.1f} ({low:+.1f} to {high:+.1f})"
+
+
+def scale_table(results: Mapping[str, CorruptionResult]) -> str:
+    """Return the accuracies of networks as contrast and brightness are lowered."""
+    rows = [
+        [scale, name, *(f"{result.accuracy(scale_key(scale, factor)):.1f}" for factor in (1, *FACTORS))]
+        for scale in SCALES
+        for name, result in results.items()
+    ]
+    return markdown_table(["", "network", *(f"× {factor}" for factor in (1, *FACTORS))], rows)
+
+
+def overview(results: Sequence[CorruptionResult], twin: CorruptionResult) -> str:
+    """Return one line for each checkpoint of a family: clean, all corruptions, and bad light."""
+    header = ("checkpoint", "images", "clean", "mean of 15 corruptions", "difference to the twin (95 %)")
+    header += ("mean corruption error", *(f"{scale} × {TOLD_FACTOR}" for scale in SCALES))
+    rows = []
+    for result in results:
+        compared = ["–", "100.0"]
+        if result is not twin:
+            compared = [signed(*result.difference(twin)), f"{result.corruption_error(twin):.1f}"]
+        cells = [result.about["checkpoint"], f"{result.about['images']:,}", f"{result.accuracy(CLEAN):.1f}"]
+        light = [f"{result.accuracy(scale_key(scale, TOLD_FACTOR)):.1f}" for scale in SCALES]
+        rows.append([*cells, f"{result.mean_accuracy():.1f}", *compared, *light])
+    return markdown_table(header, rows)
+
+
+def seeds_table(networks: Mapping[str, Sequence[CorruptionResult]]) -> str:
+    """Return for each corruption the accuracy of each network over five severities: mean ± standard deviation of seeds.
+
+    Args:
+        networks: the results of all seeds, by the network's name.
+    """
+    ways = {
+        "clean": lambda result: result.accuracy(CLEAN),
+        **{name: lambda result, name=name: result.mean_accuracy([name]) for name in CORRUPTIONS},
+        "mean of the fifteen": CorruptionResult.mean_accuracy,
+        **{
+            key: lambda result, key=key: result.accuracy(key)
+            for key in (scale_key(scale, factor) for scale in SCALES for factor in FACTORS)
+        },
+    }
+    rows = [
+        [way, *(spread([of(result) for result in results]) for results in networks.values())]
+        for way, of in ways.items()
+    ]
+    return markdown_table(["%", *networks], rows)
+
+
+def severities_table(networks: Mapping[str, Sequence[CorruptionResult]]) -> str:
+    """Return the accuracy of each network for each corruption and severity, the mean of the seeds."""
+    rows = [
+        [name, str(severity), *(f"{_mean(results, f'{name}:{severity}'):.1f}" for results in networks.values())]
+        for name in CORRUPTIONS
+        for severity in SEVERITIES
+    ]
+    return markdown_table(["corruption", "severity", *networks], rows)
+
+
+def spread(values: Sequence[float]) -> str:
+    """Return the mean of values of several seeds, and their standard deviation."""
+    deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.1f}{deviation}"
+
+
+def card_record(result: CorruptionResult, twin: CorruptionResult | None) -> dict[str, Any]:
+    """Return what a card says of a result, accuracies as shares."""
+    scaled = {key: result.accuracy(key) for key in (scale_key(scale, factor) for scale in SCALES for factor in FACTORS)}
+    record = {
+        "images": result.about["images"],
+        "clean": result.accuracy(CLEAN),
+        "mean": result.mean_accuracy(),
+        "by_corruption": {name: result.mean_accuracy([name]) for name in CORRUPTIONS},
+        "by_light": scaled,
+    }
+    record = {name: _as_shares(value) if name != "images" else value for name, value in record.items()}
+    # A twin that errs nowhere under a corruption gives no ratio.
+    if twin is not None and math.isfinite(error := result.corruption_error(twin)):
+        record["corruption_error"] = round(error / 100, 4)
+    return record
+
+
+def _as_shares(value: float | Mapping[str, float]) -> float | dict[str, float]:
+    if isinstance(value, Mapping):
+        return {name: _as_shares(part) for name, part in value.items()}
+    return round(value / 100, 4)
+
+
+def _mean(results: Sequence[CorruptionResult], key: str) -> float:
+    return statistics.mean(result.accuracy(key) for result in results)
