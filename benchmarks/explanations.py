@@ -3,7 +3,8 @@
 The grid pointing game: images of different classes that a network names right most confidently are put together to a
 grid, and of each explanation of one of these classes the share is taken that lies in its cell. Deletion and insertion:
 the pixels that an explanation calls most important are replaced by the mean colour, or put back first. How large β(x)
-is beside the logit. Writes results/explanations.json; what it already has of these checkpoints is kept.
+is beside the logit. Writes results/explanations.json, where what it has of these checkpoints is kept, and the tables in
+docs/good_for.md.
 
 Source: Böhle et al., Convolutional Dynamic Alignment Networks for Interpretable Classifications, CVPR 2021 (the grid
 pointing game); Petsiuk et al., RISE, BMVC 2018 (deletion and insertion).
@@ -12,7 +13,7 @@ pointing game); Petsiuk et al., RISE, BMVC 2018 (deletion and insertion).
 import argparse
 import os
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,11 @@ from torch import Tensor
 import zoo
 from benchmarks import measure
 from benchmarks.explainers import EXPLAINERS
+from benchmarks.report import DOCS
 from zoo.checkpoints.config import read_config
 from zoo.data.measuring import data_for
+from zoo.files import write_whole
+from zoo.markdown import filled, markdown_table
 from zoo.models.image_model import ImageModel
 
 OUTPUT = measure.RESULTS / "explanations.json"
@@ -36,7 +40,10 @@ BATCH = 25
 # Maps are smoothed by a window of so many parts of an image's side.
 SMOOTHING = 6
 CURVE_IMAGES, CURVE_STEPS = 200, 16
+COST_ROUNDS = 15
 BOOTSTRAPS = 2000
+BIAS = ("mean logit", "mean bias", "median of |bias| / |logit|")
+PAGE = DOCS / "good_for.md"
 
 
 def confident(model: ImageModel, images: Tensor, labels: Tensor) -> dict[int, list[int]]:
@@ -143,12 +150,49 @@ def measured(name: str, root: str | None, grids: dict[int, int], explainers: Seq
         record[explainer] = {kind: summary(values) for kind, values in found.items()}
     explanation = zoo.explain(model, some)
     share = explanation.bias.abs() / explanation.logit.abs()
-    record["bias"] = {"median of |bias| / |logit|": round(share.median().item(), 3), "n": len(some)}
-    record["bias"] |= {
-        "mean logit": round(explanation.logit.mean().item(), 3),
-        "mean bias": round(explanation.bias.mean().item(), 3),
-    }
+    numbers = explanation.logit.mean(), explanation.bias.mean(), share.median()
+    record["bias"] = {what: round(value.item(), 3) for what, value in zip(BIAS, numbers, strict=True)}
+    record["bias"]["n"] = len(some)
+    record["cost"] = cost(model, some[:BATCH])
     return record
+
+
+def cost(model: ImageModel, images: Tensor) -> dict[str, Any]:
+    """Return how many forward passes an explanation of a batch takes, and how well it adds up."""
+    explanation = zoo.explain(model, images)
+    total = explanation.contributions.double().sum((1, 2, 3)) + explanation.bias
+    error = ((total - explanation.logit).abs() / explanation.logits.abs().amax(1)).max().item()
+    steps = {measure.PLAIN: measure.inference_step(model, images), "explain": lambda: zoo.explain(model, images)}
+    found = measure.compare(steps, COST_ROUNDS)["explain"]
+    return {"forward passes": round(found["ratio"], 2), "largest error": error, "batch": len(images)}
+
+
+def tables(record: Mapping[str, Any]) -> dict[str, str]:
+    """Return the generated parts of the page by name."""
+    header = ("network", *EXPLAINERS)
+    games = {
+        f"pointing_{side}": [
+            [row["checkpoint"], *(_told(row[f"pointing {side}×{side}"][name]) for name in EXPLAINERS)]
+            for row in record["rows"]
+        ]
+        for side in map(int, record["grids"])
+    }
+    games |= {
+        kind: [[row["checkpoint"], *(_told(row[name][kind]) for name in EXPLAINERS)] for row in record["rows"]]
+        for kind in ("deletion", "insertion")
+    }
+    found = {f"explanations_{name}": markdown_table(header, rows) for name, rows in games.items()}
+    biases = []
+    for row in record["rows"]:
+        numbers, effort = row["bias"], row["cost"]
+        told = [f"{numbers[what]:.1f}" for what in BIAS]
+        biases.append([row["checkpoint"], *told, f"{effort['largest error']:.0e}", f"{effort['forward passes']:.1f}"])
+    header = ("network", *BIAS, "largest error of the sum", "cost, forward passes")
+    return found | {"explanations_bias": markdown_table(header, biases)}
+
+
+def _told(found: Mapping[str, float]) -> str:
+    return f"{found['mean']:.2f} ({found['low']:.2f}–{found['high']:.2f})"
 
 
 def main() -> None:
@@ -171,6 +215,9 @@ def main() -> None:
             rows = [row for row in rows if row["checkpoint"] != name]
             rows.append(measured(name, parsed.root, grids, list(EXPLAINERS)))
             measure.write({**settings, **measure.describe("cpu", parsed.threads), "rows": rows}, parsed.output)
+    if parsed.output == OUTPUT:
+        page = PAGE.read_text(encoding="utf-8")
+        write_whole(PAGE, filled(page, tables({**settings, "rows": rows}), others=r"\w+"))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from PIL import Image
 
 import zoo
 from tests.command_line import fit, run  # noqa: F401
@@ -10,7 +11,9 @@ from zoo.commands.console import main
 from zoo.corruptions.corruption import CORRUPTIONS, corrupted, corruption_keys
 from zoo.data import Digits
 from zoo.data.image_sets import CorruptedImages
+from zoo.recipes.corruption_pages import by_family, by_network, short_names
 from zoo.robustness.corruption_evaluation import changed_images, evaluate_corruptions
+from zoo.robustness.corruption_pictures import plot_light
 from zoo.robustness.corruption_report import seeds_table, severities_table
 from zoo.robustness.corruption_result import COUNTED, FACTORS, CorruptionResult, keys, scale_key
 from zoo.statistics import paired_difference
@@ -99,6 +102,27 @@ def test_tables_of_seeds_have_mean_and_deviation():
     table = seeds_table({"conv": seeds, "alone": seeds[:1]})
     assert "| clean | 50.0 ± 25.0 | 25.0 |" in table and "| contrast x 0.05 | 50.0 ± 25.0 | 25.0 |" in table
     assert "| fog | 3 | 50.0 |" in severities_table({"conv": seeds})
+
+
+def test_bad_light_is_drawn(tmp_path):
+    seeds = [made_up(lambda key, count=count: torch.arange(4) < count) for count in (1, 2, 3)]
+    plot_light({"conv": seeds, "sphere": seeds[:1], "light_conv": seeds}, tmp_path / "light.png")
+    with Image.open(tmp_path / "light.png") as picture:
+        assert picture.width > 900
+
+
+def test_results_are_found_by_family_and_by_seed(results, tmp_path):
+    for seed in (0, 1):
+        results[1].write(tmp_path / f"seed_{seed}" / f"{NAMES[1]}.json")
+    for result in results:
+        result.write(tmp_path / f"{result.about['checkpoint']}.json")
+    assert [result.about["checkpoint"] for result in by_family(tmp_path)["digits_cnn6"]] == NAMES
+    networks = by_network(tmp_path)
+    assert list(networks) == NAMES[1:] and len(networks[NAMES[1]]) == 2
+    assert list(short_names({"cifar10_light_resnet20_conv": [], "cifar10_resnet20_sphere_cosine": []})) == [
+        "light_conv",
+        "sphere",
+    ]
 
 
 def test_the_command_tells_writes_and_records(run, tmp_path):  # noqa: F811

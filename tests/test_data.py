@@ -25,7 +25,15 @@ import zoo.data.image_files
 from tests.image_files import FOLDERS, noise, write_dataset, write_images
 from zoo.commands.console import main
 from zoo.data import build_data
-from zoo.data.augmentation import AUGMENTS, augment_batch, random_cutout, random_flip, random_resized_crop, random_shift
+from zoo.data.augmentation import (
+    AUGMENTS,
+    augment_batch,
+    random_cutout,
+    random_flip,
+    random_light,
+    random_resized_crop,
+    random_shift,
+)
 from zoo.models.transform import ImageTransform
 from zoo.randomness import uniform
 
@@ -428,6 +436,18 @@ def test_augmentation_gives_all_that_it_may(augment, size, outcomes):
     images = torch.from_numpy(noise(3, size, size)).repeat(1000, 1, 1, 1)
     augmented = augment_batch(images, augment, size, torch.arange(len(images)))
     assert len(augmented.unique(dim=0)) == outcomes and (augmented is images) == (augment == "none")
+
+
+def test_random_light_changes_brightness_and_then_contrast():
+    images = torch.randint(0, 120, (4, 3, 16, 16), dtype=torch.uint8)
+    # Factors of 0.1 + 1.8 draw: as it is, dark, pale, and bright.
+    changed = random_light(images, torch.tensor([[0.5, 0.5], [0.0, 0.5], [0.5, 0.0], [0.9, 0.5]]))
+    before, after = images.float(), changed.float()
+    assert changed.dtype == torch.uint8 and torch.equal(changed[0], images[0])
+    assert torch.allclose(after[1], before[1] * 0.1, atol=0.51)
+    mean = before[2].mean()
+    assert torch.allclose(after[2], mean + 0.1 * (before[2] - mean), atol=0.51)
+    assert torch.allclose(after[3], (before[3] * 1.72).clamp(max=255), atol=0.51)
 
 
 def test_random_cutout_blackens_one_square_that_may_be_cut_off_at_the_edge():

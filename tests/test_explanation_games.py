@@ -7,8 +7,10 @@ pytest.importorskip("captum")
 
 import zoo
 from benchmarks.explainers import EXPLAINERS, OWN
-from benchmarks.explanations import confident, curves, make_grids, pointing, smoothed, summary
+from benchmarks.explanations import PAGE, confident, curves, make_grids, pointing, smoothed, summary, tables
+from benchmarks.report import read
 from zoo.data import Digits
+from zoo.markdown import filled
 
 
 @pytest.fixture(scope="module")
@@ -67,3 +69,8 @@ def test_a_summary_has_an_interval():
     assert found["mean"] == 0.5 and found["n"] == 100
     # Two standard errors of 0.05 each way.
     assert found["low"] == pytest.approx(0.4, abs=0.02) and found["high"] == pytest.approx(0.6, abs=0.02)
+
+
+def test_the_page_tells_what_was_measured():
+    page = PAGE.read_text(encoding="utf-8")
+    assert filled(page, tables(read("explanations.json")), others=r"\w+") == page

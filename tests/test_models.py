@@ -14,6 +14,7 @@ import zoo
 from operators import DecoupledConv2d, OperatorConfig
 from zoo.architectures import ARCHITECTURES
 from zoo.architectures.cnn import CNN
+from zoo.architectures.network import UncentredBatchNorm2d
 from zoo.models.building import build_from
 from zoo.models.spec import ModelSpec
 
@@ -402,3 +403,33 @@ def test_classify_refuses_what_is_no_image(tmp_path):
     for top in (0, 2.0, True):
         with pytest.raises(ValueError, match=f"top is a number of classes, at least 1, got {top}"):
             model.classify(torch.zeros(1, 8, 8), top=top)
+
+
+def test_batch_norm_without_bias_divides_by_the_root_of_the_mean_square():
+    torch.manual_seed(0)
+    norm = UncentredBatchNorm2d(4)
+    with torch.no_grad():
+        norm.weight.copy_(torch.tensor([1.0, 2.0, 0.5, 1.0]))
+    x = 3 + 2 * torch.randn(16, 4, 5, 5)
+    square = x.square().mean((0, 2, 3))
+    expected = x * (norm.weight / (square + 1e-5).sqrt()).view(-1, 1, 1)
+    assert torch.allclose(norm(x), expected, rtol=1e-5)
+    # One step of the moving average from 1, of which evaluation makes use.
+    assert torch.allclose(norm.mean_square, 0.9 + 0.1 * square)
+    scale = norm.weight / (norm.mean_square + 1e-5).sqrt()
+    assert torch.allclose(norm.eval()(x), x * scale.view(-1, 1, 1), rtol=1e-5)
+    before = norm.mean_square.clone()
+    norm(x)
+    assert torch.equal(norm.mean_square, before)
+
+
+@pytest.mark.parametrize("operator", ["conv", "sphere_cosine"])
+def test_resnet20_without_biases_has_none(operator):
+    model = zoo.build("resnet20", operator, batch_norm_bias=False)
+    assert not any(name.endswith("bias") for name in model.state_dict())
+    model.reset_classifier(["a", "b"])
+    assert model.network.fc.bias is None
+    model.eval()
+    with torch.no_grad():
+        # Of an image of the mean colour it knows nothing.
+        assert model(model.mean.expand(1, 3, 32, 32)).abs().max() == 0

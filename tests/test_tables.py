@@ -312,7 +312,7 @@ def test_only_what_stands_between_the_marks_is_replaced():
 
 def test_what_stands_in_the_docs_is_what_was_measured():
     blocks = reports.report_blocks()
-    for path in (reports.README, reports.PAGE, reports.ROBUSTNESS_PAGE):
+    for path in reports.PAGES:
         text = path.read_text(encoding="utf-8")
         assert reports.filled(text, blocks) == text, "python -m zoo reports writes it again"
 

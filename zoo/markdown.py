@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 
 
-def filled(text: str, blocks: Mapping[str, str], others: str = r"smoothness\w*") -> str:
+def filled(text: str, blocks: Mapping[str, str], others: str = r"(smoothness|explanations)\w*") -> str:
     """Return the text with what stands between ``<!-- begin NAME -->`` and ``<!-- end NAME -->`` replaced.
 
     Raises:

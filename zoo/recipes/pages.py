@@ -13,6 +13,7 @@ from zoo.files import write_whole
 from zoo.hub.repository import WEIGHTS
 from zoo.markdown import filled, markdown_table
 from zoo.models.spec import PLAIN
+from zoo.recipes.corruption_pages import corruption_blocks, draw_corruptions
 from zoo.recipes.measures import MEASURES
 from zoo.recipes.pictures import plot_features, plot_table
 from zoo.recipes.recipe import CHECKOUT, recipes
@@ -23,6 +24,7 @@ from zoo.statistics import interval
 
 README, PAGE = CHECKOUT / "README.md", CHECKOUT / "docs" / "results.md"
 ROBUSTNESS_PAGE = CHECKOUT / "docs" / "robustness.md"
+PAGES = (README, PAGE, ROBUSTNESS_PAGE, CHECKOUT / "docs" / "corruptions.md", CHECKOUT / "docs" / "good_for.md")
 
 # The tiny scale only shows that a table can be trained.
 SHOWN = ("full", "small")
@@ -33,8 +35,8 @@ Results = Sequence[Mapping[str, Any]]
 
 
 def write_reports() -> list[Path]:
-    """Write the generated parts of README.md, docs/results.md and docs/robustness.md, and pictures; return all."""
-    pictures = []
+    """Write the generated parts of README.md and of the pages in docs/, and pictures; return all."""
+    pictures = draw_corruptions()
     for name in list_tables():
         table = read_table(name)
         results = shown_results(table)[1]
@@ -44,10 +46,9 @@ def write_reports() -> list[Path]:
     for family, results in published_families().items():
         pictures += draw_robustness(results, CHECKOUT / "docs" / f"robustness_{family}")
     blocks = report_blocks()
-    pages = [README, PAGE, ROBUSTNESS_PAGE]
-    for path in pages:
+    for path in PAGES:
         write_whole(path, filled(path.read_text(encoding="utf-8"), blocks))
-    return [*pages, *pictures]
+    return [*PAGES, *pictures]
 
 
 def report_blocks() -> dict[str, str]:
@@ -57,7 +58,7 @@ def report_blocks() -> dict[str, str]:
         table = read_table(name)
         scale, results = shown_results(table)
         blocks[name] = "\n\n".join([table_markdown(table, results), provenance(table, scale, results), table.verdict])
-    return blocks | family_blocks()
+    return blocks | family_blocks() | corruption_blocks()
 
 
 def zoo_table() -> str:

@@ -9,8 +9,9 @@ from zoo.corruptions.corruption import CORRUPTIONS, SEVERITIES
 from zoo.markdown import markdown_table
 from zoo.robustness.corruption_result import CLEAN, COUNTED, FACTORS, SCALES, CorruptionResult, scale_key
 
-# How strong bad light is where it is told in one number.
+# How strong bad light is where it is told in one number, and in some.
 TOLD_FACTOR = 0.25
+TOLD_FACTORS = (0.5, TOLD_FACTOR, 0.1)
 
 
 def corruption_report(result: CorruptionResult, twin: CorruptionResult | None) -> str:
@@ -38,7 +39,7 @@ def _table(result: CorruptionResult, twin: CorruptionResult | None) -> str:
     )
     table = markdown_table(header, rows)
     if twin:
-        table += f"\n\nMean corruption error relative to the twin: {result.corruption_error(twin):.1f} %."
+        table += f"\n\nMean corruption error relative to the twin: {_ratio(result.corruption_error(twin))} %."
     return table
 
 
@@ -54,6 +55,11 @@ def signed(mean: float, low: float, high: float) -> str:
     return f"{mean:+.1f} ({low:+.1f} to {high:+.1f})"
 
 
+def _ratio(error: float) -> str:
+    """Return a corruption error; a twin that errs nowhere under a corruption gives none."""
+    return f"{error:.1f}" if math.isfinite(error) else "–"
+
+
 def scale_table(results: Mapping[str, CorruptionResult]) -> str:
     """Return the accuracies of networks as contrast and brightness are lowered."""
     rows = [
@@ -64,15 +70,26 @@ def scale_table(results: Mapping[str, CorruptionResult]) -> str:
     return markdown_table(["", "network", *(f"× {factor}" for factor in (1, *FACTORS))], rows)
 
 
-def overview(results: Sequence[CorruptionResult], twin: CorruptionResult) -> str:
-    """Return one line for each checkpoint of a family: clean, all corruptions, and bad light."""
+def light_table(networks: Mapping[str, Sequence[CorruptionResult]]) -> str:
+    """Return the accuracy of each network in bad light, mean ± standard deviation of the seeds."""
+    told = [CLEAN, *(scale_key(scale, factor) for scale in SCALES for factor in TOLD_FACTORS)]
+    rows = [
+        [name, str(len(results)), *(spread([result.accuracy(key) for result in results]) for key in told)]
+        for name, results in networks.items()
+    ]
+    return markdown_table(["network", "seeds", *(key.replace(" x ", " × ") for key in told)], rows)
+
+
+def overview(results: Sequence[CorruptionResult]) -> str:
+    """Return one line for each checkpoint of a family, the plain twin's first: clean, corrupted, and in bad light."""
+    twin = results[0]
     header = ("checkpoint", "images", "clean", "mean of 15 corruptions", "difference to the twin (95 %)")
     header += ("mean corruption error", *(f"{scale} × {TOLD_FACTOR}" for scale in SCALES))
     rows = []
     for result in results:
         compared = ["–", "100.0"]
         if result is not twin:
-            compared = [signed(*result.difference(twin)), f"{result.corruption_error(twin):.1f}"]
+            compared = [signed(*result.difference(twin)), _ratio(result.corruption_error(twin))]
         cells = [result.about["checkpoint"], f"{result.about['images']:,}", f"{result.accuracy(CLEAN):.1f}"]
         light = [f"{result.accuracy(scale_key(scale, TOLD_FACTOR)):.1f}" for scale in SCALES]
         rows.append([*cells, f"{result.mean_accuracy():.1f}", *compared, *light])
@@ -98,7 +115,7 @@ def seeds_table(networks: Mapping[str, Sequence[CorruptionResult]]) -> str:
         [way, *(spread([of(result) for result in results]) for results in networks.values())]
         for way, of in ways.items()
     ]
-    return markdown_table(["%", *networks], rows)
+    return markdown_table(["", *networks], rows)
 
 
 def severities_table(networks: Mapping[str, Sequence[CorruptionResult]]) -> str:

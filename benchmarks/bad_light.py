@@ -1,0 +1,127 @@
+"""Why bad light harms some networks less: python -m benchmarks.bad_light [NAME ...]
+
+For each convolution: how the norms of its patches, their angles to the filters and its answers change as the contrast
+of test images is multiplied by 0.25. Writes results/bad_light.json and docs/bad_light_layers.png.
+"""
+
+import argparse
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+
+import zoo
+from benchmarks import measure
+from benchmarks.report import DOCS
+from operators.functional import norms_and_products
+from zoo.corruptions.kinds import scaled_contrast
+from zoo.data.measuring import data_for
+from zoo.figures import STYLE, write_figure
+from zoo.models.image_model import ImageModel
+from zoo.models.names import is_plain
+
+OUTPUT = measure.RESULTS / "bad_light.json"
+PICTURE = DOCS / "bad_light_layers.png"
+NAMES = ("cifar10_resnet20_conv", "cifar10_resnet20_tanh_cosine", "cifar10_resnet20_sphere_cosine")
+CONTRAST = 0.25
+IMAGES = 200
+BINS = 60
+# The layer of which the angles are drawn.
+DRAWN = "conv1"
+
+
+def layers_of(model: ImageModel, images: Tensor) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+    """Return for each convolution the norms of its patches, the cosines to its filters, and its answers."""
+    found = {}
+
+    def look(name: str):
+        def hook(layer: nn.Conv2d, inputs: tuple[Tensor], answer: Tensor) -> None:
+            geometry = layer.stride, layer.padding, layer.dilation, layer.groups
+            settings = {"eps": 1e-4, "padding_mode": layer.padding_mode}
+            n, product = norms_and_products(inputs[0], layer.weight, *geometry, **settings)
+            found[name] = n[:, 0], product / n, answer
+
+        return hook
+
+    convolutions = {name: module for name, module in model.network.named_modules() if isinstance(module, nn.Conv2d)}
+    hooks = [module.register_forward_hook(look(name)) for name, module in convolutions.items()]
+    try:
+        with torch.no_grad():
+            model(images)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
+
+
+def measured(name: str, images: Tensor) -> dict[str, Any]:
+    """Return how each convolution of a checkpoint sees images of low contrast, beside the images as they are."""
+    model = zoo.load(name)
+    clear, pale = layers_of(model, images), layers_of(model, scaled_contrast(images, CONTRAST))
+    layers = {}
+    for layer, (n, cosines, answers) in clear.items():
+        pale_n, pale_cosines, pale_answers = pale[layer]
+        change = (pale_answers - answers).flatten(1).norm(dim=1) / answers.flatten(1).norm(dim=1)
+        layers[layer] = {
+            "norm": round((pale_n / n).median().item(), 4),
+            "cosine": round((pale_cosines - cosines).abs().mean().item(), 4),
+            "answer": round(change.mean().item(), 4),
+        }
+    pairs = {"clear": clear[DRAWN][1], "pale": pale[DRAWN][1]}
+    cosines = {kind: histogram(values) for kind, values in pairs.items()}
+    return {"images": len(images), "layers": layers, "cosines": cosines}
+
+
+def histogram(cosines: Tensor) -> list[float]:
+    """Return the share of cosines in each of so many equal parts of -1 to 1."""
+    return [round(share, 5) for share in torch.histc(cosines, BINS, -1, 1).div(cosines.numel()).tolist()]
+
+
+@matplotlib.rc_context(STYLE)
+def draw(record: Mapping[str, Mapping[str, Any]], path: Path) -> None:
+    """Write a PNG: what becomes of norms and answers, layer by layer, and of the angles in the first layer."""
+    figure = Figure(figsize=(11, 3.6), layout="constrained")
+    panels = figure.subplots(1, 3)
+    titles = {"norm": "patch norm at contrast × 0.25, ÷ before", "answer": "change of the layer's answer, relative"}
+    for axes, (kind, title) in zip(panels, titles.items(), strict=False):
+        for name, found in record.items():
+            values = [layer[kind] for layer in found["layers"].values()]
+            axes.plot(range(1, len(values) + 1), values, marker="o", markersize=3, label=name, color=_colour(name))
+        axes.set(title=title, xlabel="convolution, from the image on", ylim=(0, None))
+        axes.title.set_fontsize(10)
+    panels[0].axhline(1, color="grey", linewidth=0.6)
+    centres = [-1 + (2 * place + 1) / BINS for place in range(BINS)]
+    for name, found in record.items():
+        for kind, style in (("clear", "-"), ("pale", ":")):
+            panels[2].plot(centres, found["cosines"][kind], linestyle=style, color=_colour(name), linewidth=1.2)
+    panels[2].plot([], [], "k-", label="as it is")
+    panels[2].plot([], [], "k:", label="contrast × 0.25")
+    panels[2].set(title=f"cosines of {DRAWN}, share", xlabel="cos θ")
+    panels[2].title.set_fontsize(10)
+    panels[2].legend(frameon=False, fontsize=8, loc="upper left")
+    panels[0].legend(frameon=False, fontsize=8)
+    write_figure(figure, path)
+
+
+def _colour(name: str) -> str:
+    return "black" if is_plain(name) else "C2" if "tanh" in name else "C0"
+
+
+def main(names: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", default=NAMES, metavar="NAME", help="checkpoints of the same images")
+    parser.add_argument("--root", help="the folder of the images (default: as recorded)")
+    parsed = parser.parse_args(names)
+    images, _ = data_for(parsed.names[0], None, parsed.root).evenly_spaced("test", IMAGES)
+    record = {name: measured(name, images) for name in parsed.names}
+    measure.write(record, OUTPUT)
+    draw(record, PICTURE)
+    print(f"written: {PICTURE}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,67 @@
+"""What stands in docs/corruptions.md and docs/good_for.md about the published results on corrupted images."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from zoo.models.names import is_plain
+from zoo.recipes.recipe import CHECKOUT
+from zoo.recipes.robustness_pages import FAMILIES
+from zoo.robustness.corruption_pictures import plot_light
+from zoo.robustness.corruption_report import light_table, overview, seeds_table, severities_table
+from zoo.robustness.corruption_result import CorruptionResult
+
+RESULTS = CHECKOUT / "results" / "corruptions"
+LIGHT_PICTURE = CHECKOUT / "docs" / "bad_light.png"
+NOT_MEASURED = "Not measured."
+
+
+def by_family(folder: Path = RESULTS) -> dict[str, list[CorruptionResult]]:
+    """Return the results of the embedded checkpoints, by family, the plain twin's first."""
+    found: dict[str, list[CorruptionResult]] = {}
+    for family in FAMILIES:
+        paths = sorted(folder.glob(f"{family}_*.json"), key=lambda path: (not is_plain(path.stem), path.stem))
+        if paths:
+            found[family] = [CorruptionResult.read(path) for path in paths]
+    return found
+
+
+def by_network(folder: Path = RESULTS) -> dict[str, list[CorruptionResult]]:
+    """Return the results of networks that were trained with several seeds, by name, plain ones first."""
+    found: dict[str, list[CorruptionResult]] = {}
+    paths = sorted(folder.glob("seed_*/*.json"), key=lambda path: (not is_plain(path.stem), path.stem, path.parent))
+    for path in paths:
+        found.setdefault(path.stem, []).append(CorruptionResult.read(path))
+    return found
+
+
+def corruption_blocks() -> dict[str, str]:
+    """Return the generated parts of the pages by name."""
+    families, networks = by_family(), short_names(by_network())
+    blocks = {}
+    for family in FAMILIES:
+        results = families.get(family)
+        named = {result.about["checkpoint"].removeprefix(f"{family}_"): [result] for result in results or ()}
+        texts = [overview(results), seeds_table(named)] if results else [NOT_MEASURED]
+        blocks[f"corruptions_{family}"] = "\n\n".join(texts)
+    blocks["corruption_seeds"] = seeds_table(networks) if networks else NOT_MEASURED
+    blocks["corruption_severities"] = severities_table(networks) if networks else NOT_MEASURED
+    blocks["bad_light"] = light_table(in_bad_light())
+    return blocks
+
+
+def draw_corruptions() -> list[Path]:
+    """Draw the pictures of the pages; return the files."""
+    plot_light(in_bad_light(), LIGHT_PICTURE)
+    return [LIGHT_PICTURE]
+
+
+def in_bad_light() -> dict[str, Sequence[CorruptionResult]]:
+    """Return the networks of which the page on bad light tells: those of several seeds, or else the embedded ones."""
+    embedded = {result.about["checkpoint"]: [result] for result in by_family().get(FAMILIES[0], ())}
+    return short_names(by_network() or embedded)
+
+
+def short_names(networks: Mapping[str, Sequence[CorruptionResult]]) -> dict[str, Sequence[CorruptionResult]]:
+    """Return networks by what tells them apart: the data set and the architecture that all have are left out."""
+    names = {name: name.replace("cifar10_", "").replace("resnet20_", "").replace("_cosine", "") for name in networks}
+    return {names[name]: results for name, results in networks.items()}
