@@ -208,9 +208,10 @@ def norms_and_products(
     eps: float,
     padding_mode: str,
 ) -> tuple[Tensor, Tensor]:
-    """Return ``n`` and ``⟨ŵ, x⟩`` of every filter and patch, both (N, K, H', W'); ``n`` is held fixed.
+    """Return ``n`` and ``⟨ŵ, x⟩`` of every patch, the latter for each filter, (N, K, H', W'); ``n`` is held fixed.
 
-    The arguments are those of :func:`decoupled_conv2d`, whose ``input`` is a batch here.
+    Without groups ``n`` is (N, 1, H', W'), with them that of each filter's group, (N, K, H', W'). The arguments are
+    those of :func:`decoupled_conv2d`, whose ``input`` is a batch here.
     """
     size, stride, dilation = tuple(weight.shape[-2:]), _pair(stride), _pair(dilation)
     geometry = stride, padding, dilation, groups
@@ -218,7 +219,7 @@ def norms_and_products(
         n = patch_norm(input.detach(), size, *geometry, eps=eps, padding_mode=padding_mode)
     padded, margin = pad(input, size, stride, padding, dilation, padding_mode)
     product = F.conv2d(padded, weight / filter_norm(weight, eps=eps), None, stride, margin, dilation, groups)
-    return n.repeat_interleave(len(weight) // groups, dim=1), product
+    return n if groups == 1 else n.repeat_interleave(len(weight) // groups, dim=1), product
 
 
 def filter_norm(weight: Tensor, *, eps: float = 1e-4) -> Tensor:

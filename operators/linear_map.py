@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from operators.angular import cosine
 from operators.functional import Angular, Pair, decoupled_conv2d, filter_norm, norms_and_products
-from operators.magnitude import Magnitude
+from operators.magnitude import Magnitude, unweighted
 
 Function = Callable[..., Any]
 
@@ -325,10 +326,13 @@ def _decoupled(
         input, weight, stride, padding, dilation, groups, eps=eps, padding_mode=padding_mode
     )
     with torch.no_grad():
-        weighting = magnitude.weighting(filter_norm(weight, eps=eps)).view(-1, 1, 1)
-        cosine = product / n
-        cosine = torch.where(cosine.abs() < LEAST_COSINE, LEAST_COSINE, cosine)
-        factor = weighting * magnitude.gain(n, magnitude.effective_radius(n)) * (angular(cosine) / cosine)
+        factor = magnitude.gain(n, magnitude.effective_radius(n))
+        if magnitude.weighting is not unweighted:
+            factor = factor * magnitude.weighting(filter_norm(weight, eps=eps)).view(-1, 1, 1)
+        if angular is not cosine:
+            c = product / n
+            c = torch.where(c.abs() < LEAST_COSINE, LEAST_COSINE, c)
+            factor = factor * (angular(c) / c)
     answer = product * factor
     return answer if bias is None else answer + _by_channel(bias, answer.dim()) * _spread(one, answer)
 
