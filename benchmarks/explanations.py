@@ -162,6 +162,7 @@ def cost(model: ImageModel, images: Tensor) -> dict[str, Any]:
     explanation = zoo.explain(model, images)
     total = explanation.contributions.double().sum((1, 2, 3)) + explanation.bias
     error = ((total - explanation.logit).abs() / explanation.logits.abs().amax(1)).max().item()
+    images = images.contiguous()
     steps = {measure.PLAIN: measure.inference_step(model, images), "explain": lambda: zoo.explain(model, images)}
     found = measure.compare(steps, COST_ROUNDS)["explain"]
     return {"forward passes": round(found["ratio"], 2), "largest error": error, "batch": len(images)}

@@ -240,7 +240,9 @@ def _batch_norm(
     scale = (running_var + eps).rsqrt()
     scale = scale if weight is None else scale * weight
     shift = -running_mean * scale if bias is None else bias - running_mean * scale
-    return input * _by_channel(scale, input.dim()) + _by_channel(shift, input.dim()) * _spread(one, input)
+    scale, shift = (_by_channel(values, input.dim()) for values in (scale, shift))
+    # One pass over the maps.
+    return torch.addcmul(shift * _spread(one, input), input, scale)
 
 
 def _normalised(

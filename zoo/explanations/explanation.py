@@ -81,7 +81,8 @@ def explain(
     _check(model, images)
     model = _in_single_precision(model)
     parameter = next(model.parameters())
-    images = images.detach().to(parameter.device, parameter.dtype)
+    # Gradients come with channels first, and two formats at a time would cost a pass more.
+    images = images.detach().to(parameter.device, parameter.dtype).contiguous()
     is_ours = isinstance(model, ImageModel)
     network = model.network if is_ours else model
     legal = decoupled_layers(network)
