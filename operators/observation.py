@@ -29,12 +29,21 @@ def layers_of(model: nn.Module, what: str) -> dict[DecoupledConv2d, str]:
     """Return the decoupled convolutions and their first names."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"{what} takes a network, then batches, but got {type(model).__name__} as the network")
-    if type(model).__name__ == "OptimizedModule" or model._compiled_call_impl is not None:
-        raise TypeError(f"{what} takes the network before torch.compile, which would compile each step of it")
+    refuse_compiled(model, what)
     names = {layer: name for name, layer in decoupled_layers(model).items()}
     if not names:
         raise ValueError(f"nothing to {what}: {type(model).__name__} has no DecoupledConv2d; see convert_decoupled")
     return names
+
+
+def refuse_compiled(model: nn.Module, what: str) -> None:
+    """Refuse a network that is compiled.
+
+    Raises:
+        TypeError: it is; ``what`` is the name of the function that refuses it.
+    """
+    if type(model).__name__ == "OptimizedModule" or model._compiled_call_impl is not None:
+        raise TypeError(f"{what} takes the network before torch.compile, which would compile each step of it")
 
 
 def nonempty(batches: Batches, what: str) -> Iterator[Any]:

@@ -345,8 +345,8 @@ def test_which_images_are_held_out_does_not_depend_on_those_that_are_readable(tm
         ({"val_fraction": float("nan")}, "got nan"),
         (
             {"augment": "crops"},
-            "unknown augment 'crops'. Did you mean 'crop'. Choose one of: crop, crop_flip, crop_flip_cutout, none, "
-            "resized_crop_flip",
+            "unknown augment 'crops'. Did you mean 'crop'. Choose one of: crop, crop_flip, crop_flip_cutout, "
+            "crop_flip_light, none, resized_crop_flip",
         ),
     ],
 )

@@ -14,6 +14,7 @@ from operators.fold import FoldedConv2d
 from operators.fused import no_autocast
 from operators.linear_map import NotLinearError, Signal
 from operators.lookup import look_up
+from operators.observation import refuse_compiled
 from zoo.arithmetic import exact_arithmetic
 from zoo.explanations.layer_maps import LayerMaps, layer_maps, recording
 from zoo.models.image_model import ImageModel
@@ -110,8 +111,7 @@ def _check(model: nn.Module, images: Tensor) -> None:
     if not isinstance(model, nn.Module):
         what = "the network before torch.export" if type(model).__name__ == "ExportedProgram" else "a network"
         raise TypeError(f"explain takes {what}, got {type(model).__name__}")
-    if type(model).__name__ == "OptimizedModule" or model._compiled_call_impl is not None:
-        raise TypeError("explain takes the network before torch.compile, which would compile each step of it")
+    refuse_compiled(model, "explain")
     if isinstance(model, torch.jit.ScriptModule | fx.GraphModule):
         raise TypeError(f"explain takes the network before it was exported or traced, got {type(model).__name__}")
     if any(isinstance(module, FoldedConv2d) for module in model.modules()):
