@@ -2,11 +2,13 @@
 
 A decoupled convolution answers ``a ⟨ŵ, x⟩ + b`` with ``a = weighting(‖w‖) · h(n) · g(c) / (n c)``; a gate, a bent
 activation or a normaliser multiplies its input in the same way. With each such factor held fixed, whatever a network
-computes of an image ``x`` is ``W(x) · x + β(x)``, exactly. A :class:`Signal` is a tensor that is computed so: its
-gradient is ``W(x)``. A new function is one row of ``RULES``.
+computes of an image ``x`` is ``W(x) · x + β(x)``, exactly. Of a product of two signals each is given half. A gate that
+is added, and not multiplied by, counts as ``β``.
+
+A :class:`Signal` is computed so: its gradient is ``W(x)``. A new function is one row of ``RULES``.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,109 +18,23 @@ from torch import Tensor
 from operators.angular import cosine
 from operators.functional import Angular, Pair, decoupled_conv2d, filter_norm, norms_and_products
 from operators.magnitude import Magnitude, unweighted
-
-Function = Callable[..., Any]
+from operators.signal import RULES, Fixed, Function, MixedImagesError, NotLinearError, Signal, held, signals_in
 
 # Below this cosine, g(c) / c is that of this cosine: all angular functions are odd.
 LEAST_COSINE = 1e-6
 
 
-class NotLinearError(TypeError):
-    """A function of which nobody has said what linear map it is for one image."""
-
-
-class Signal(Tensor):
-    """A tensor that is linear in the images and in ``one``, for this batch of images.
-
-    Attributes:
-        one: what every constant that is added is multiplied by, ones (N,), so that the gradient with respect to it is
-            ``β(x)`` of each image.
-    """
-
-    one: Tensor
-
-    @classmethod
-    def of(cls, values: Tensor, one: Tensor) -> "Signal":
-        """Return the tensor as a signal."""
-        signal = values.as_subclass(cls)
-        signal.one = one
-        return signal
-
-    @classmethod
-    def __torch_function__(
-        cls,
-        function: Function,
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        """Compute a function by its rule.
-
-        Raises:
-            NotLinearError: there is none, and the result is of floating point.
-        """
-        one = next(signal.one for signal in _signals(args, kwargs or {}))
-        with torch._C.DisableTorchFunctionSubclass():
-            rule = RULES.get(function)
-            if rule is None:
-                result = function(*args, **(kwargs or {}))
-                if any(tensor.is_floating_point() for tensor in _tensors(result)):
-                    raise NotLinearError(getattr(function, "__name__", str(function)))
-                # Sizes, devices and choices are held fixed.
-                return result
-            return _as_signals(rule(function, one, *args, **(kwargs or {})), one)
-
-
-class _Fixed:
-    """A result that is held fixed, and no signal."""
-
-    def __init__(self, value: Any) -> None:
-        self.value = value
-
-
-def _as_signals(result: Any, one: Tensor) -> Any:
-    if isinstance(result, _Fixed):
-        return result.value
-    if isinstance(result, tuple | list):
-        parts = [_as_signals(part, one) for part in result]
-        # What torch returns of several values has names.
-        return type(result)(parts)
-    if isinstance(result, Signal):
-        # Changed in place.
-        result.one = one
-        return result
-    return Signal.of(result, one) if isinstance(result, Tensor) and result.is_floating_point() else result
-
-
-def _signals(*values: Any) -> list[Signal]:
-    return [tensor for tensor in _tensors(*values) if isinstance(tensor, Signal)]
-
-
-def _tensors(*values: Any) -> list[Tensor]:
-    found: list[Tensor] = []
-    for value in values:
-        if isinstance(value, Tensor):
-            found.append(value)
-        elif isinstance(value, tuple | list):
-            found += _tensors(*value)
-        elif isinstance(value, Mapping):
-            found += _tensors(*value.values())
-    return found
-
-
-def _held(value: Any) -> Any:
-    """Return a value in which nothing depends on the image any more."""
-    if isinstance(value, Signal):
-        return value.detach()
-    return type(value)(map(_held, value)) if isinstance(value, tuple | list) else value
-
-
 def _spread(one: Tensor, like: Tensor) -> Tensor:
-    """Return ``one`` of each image for a tensor whose first dimension counts images, or equal parts of each."""
-    parts, rest = divmod(len(like), len(one))
-    if rest or not parts:
-        raise NotLinearError(f"a constant added to a tensor of {len(like)} rows for {len(one)} images")
-    return one.repeat_interleave(parts).view(-1, *[1] * (like.dim() - 1))
+    """Return ``one`` of each image for a tensor whose first dimension counts images; of one image, for any tensor.
+
+    Raises:
+        MixedImagesError: of several images, another number of rows.
+    """
+    if len(one) == 1:
+        return one.view([1] * like.dim())
+    if not like.dim() or len(like) != len(one):
+        raise MixedImagesError(f"a constant is added to a tensor of shape {tuple(like.shape)} for {len(one)} images")
+    return one.view(-1, *[1] * (like.dim() - 1))
 
 
 def _constant(value: Tensor | float | None, one: Tensor, like: Tensor) -> Tensor | float:
@@ -136,9 +52,6 @@ def _by_channel(values: Tensor, dimensions: int) -> Tensor:
 IN_PLACE = {Tensor.mul_: torch.mul, Tensor.__imul__: torch.mul, Tensor.multiply_: torch.mul}
 
 
-# The rules: what a function computes of signals, called with the function, ``one`` and its arguments.
-
-
 def _linear(function: Function, one: Tensor, *args: Any, **kwargs: Any) -> Any:
     """A function that is linear in its signals, or piecewise so: what it chooses is held fixed."""
     return function(*args, **kwargs)
@@ -146,28 +59,36 @@ def _linear(function: Function, one: Tensor, *args: Any, **kwargs: Any) -> Any:
 
 def _held_fixed(function: Function, one: Tensor, *args: Any, **kwargs: Any) -> Any:
     """A gate or a norm: what others are multiplied or divided by."""
-    return _Fixed(function(*_held(args), **{name: _held(value) for name, value in kwargs.items()}))
+    return Fixed(function(*held(args), **{name: held(value) for name, value in kwargs.items()}))
 
 
 def _bent(function: Function, one: Tensor, input: Signal, *args: Any, **kwargs: Any) -> Tensor:
-    """An activation with ``f(0) = 0``: ``x`` times ``f(x) / x``."""
+    """An activation: ``f(0)``, and ``x`` times ``(f(x) - f(0)) / x``."""
     x = input.detach()
     kwargs = {name: value for name, value in kwargs.items() if name != "inplace"}
+    at_zero = function(x.new_zeros(()), *args, **kwargs)
     y = function(x.clone(), *args, **kwargs)
-    return input * torch.where(x == 0, 0, y / x)
+    answer = input * torch.where(x == 0, 0, (y - at_zero) / x)
+    return answer + at_zero * _spread(one, answer) if at_zero.any() else answer
 
 
-def _power(function: Function, one: Tensor, input: Signal, exponent: float) -> Any:
+def _power(function: Function, one: Tensor, input: Any, exponent: Any) -> Any:
     """A power, which is an activation from 1 on, and below it a root by which others are divided."""
+    if isinstance(exponent, Tensor):
+        raise NotLinearError("a power whose exponent is a tensor")
     return (_bent if exponent >= 1 else _held_fixed)(function, one, input, exponent)
 
 
 def _sum(function: Function, one: Tensor, input: Any, other: Any, *args: Any, **kwargs: Any) -> Tensor:
-    """A sum or aerence."""
-    like = input if isinstance(input, Signal) and input.dim() else other
-    if isinstance(like, Signal) and isinstance(other, Signal) and other.dim() > like.dim():
-        like = other
+    """A sum, a difference, or the larger or the smaller of two."""
+    like = max(signals_in(input, other), key=Tensor.dim)
     return function(_constant(input, one, like), _constant(other, one, like), *args, **kwargs)
+
+
+def _extreme(function: Function, one: Tensor, input: Any, *args: Any, **kwargs: Any) -> Any:
+    """The largest or smallest element along a dimension, or element by element the larger or smaller of two."""
+    two = isinstance(kwargs.get("other", args[0] if args else None), Tensor)
+    return (_sum if two else _linear)(function, one, input, *args, **kwargs)
 
 
 def _product(function: Function, one: Tensor, input: Any, other: Any, *args: Any, **kwargs: Any) -> Tensor:
@@ -183,14 +104,14 @@ def _product(function: Function, one: Tensor, input: Any, other: Any, *args: Any
 
 def _quotient(function: Function, one: Tensor, input: Any, other: Any, *args: Any, **kwargs: Any) -> Any:
     """A quotient, whose divisor is held fixed."""
-    result = function(input, _held(other), *args, **kwargs)
-    return result if isinstance(input, Signal) else _Fixed(result)
+    result = function(input, held(other), *args, **kwargs)
+    return result if isinstance(input, Signal) else Fixed(result)
 
 
 def _scaled_sum(function: Function, one: Tensor, input: Any, first: Any, second: Any, *, value: float = 1) -> Tensor:
     """``input + value · first · second``."""
     product = _product(torch.mul, one, first, second) * value
-    if not _signals(first, second):
+    if not signals_in(first, second):
         product = _constant(product, one, input)
     return _constant(input, one, product) + product
 
@@ -204,6 +125,10 @@ def _padded(function: Function, one: Tensor, input: Signal, pad: Any, mode: str 
     if value:
         raise NotLinearError(f"pad with {value}")
     return function(input, pad, mode)
+
+
+def _assignment(function: Function, one: Tensor, *args: Any) -> None:
+    raise NotLinearError("an assignment to a part of a tensor")
 
 
 def _weighted_sum(
@@ -254,7 +179,7 @@ def _normalised(
     eps: float,
     centred: bool = True,
 ) -> Tensor:
-    """The values of each group, (..., values), by their mean and standard deviation; the latter is held fixed."""
+    """The values of each group, (..., values), less their mean, by their standard deviation, which is held fixed."""
     held = groups.detach()
     deviation = held.var(-1, correction=0, keepdim=True) if centred else held.square().mean(-1, keepdim=True)
     values = groups - groups.mean(-1, keepdim=True) if centred else groups
@@ -267,10 +192,10 @@ def _layer_norm(
     function: Function,
     one: Tensor,
     input: Tensor,
-    normalized_shape: Any,
-    weight: Any = None,
-    bias: Any = None,
-    eps: Any = 1e-5,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
 ) -> Tensor:
     return _normalised(one, input, input.flatten(-len(normalized_shape)), weight, bias, eps)
 
@@ -292,8 +217,8 @@ def _group_norm(
     one: Tensor,
     input: Tensor,
     num_groups: int,
-    weight: Any = None,
-    bias: Any = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
     eps: float = 1e-5,
 ) -> Tensor:
     weight, bias = (None if value is None else _by_channel(value, input.dim()) for value in (weight, bias))
@@ -304,7 +229,7 @@ def _attention(
     function: Function, one: Tensor, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
 ) -> Tensor:
     """Attention: how much a place looks at another is held fixed."""
-    return function(_held(query), _held(key), value, *args, **kwargs)
+    return function(held(query), held(key), value, *args, **kwargs)
 
 
 def _decoupled(
@@ -339,45 +264,46 @@ def _decoupled(
     return answer if bias is None else answer + _by_channel(bias, answer.dim()) * _spread(one, answer)
 
 
-def _functions(names: str) -> list[Function]:
-    """Return what these names stand for in ``Tensor``, ``torch``, ``torch.nn.functional`` and ``torch.linalg``."""
-    found = [getattr(owner, name, None) for name in names.split() for owner in (Tensor, torch, F, torch.linalg)]
+def functions_of(name: str) -> list[Function]:
+    """Return what a name stands for in ``Tensor``, ``torch``, ``torch.nn.functional`` and ``torch.linalg``."""
+    found = [getattr(owner, name, None) for owner in (Tensor, torch, F, torch.linalg)]
     return [function for function in found if callable(function)]
 
 
-RULES: dict[Function, Callable[..., Any]] = {
-    function: rule
-    for rule, names in {
-        _linear: """
-            __getitem__ __neg__ abs adaptive_avg_pool1d adaptive_avg_pool2d adaptive_max_pool1d
-            adaptive_max_pool2d alpha_dropout amax amin avg_pool1d avg_pool2d broadcast_to
-            channel_shuffle chunk clone contiguous cumsum double dropout dropout2d expand
-            expand_as feature_alpha_dropout flatten flip float fold gather index_select interpolate
-            leaky_relu leaky_relu_ max max_pool1d max_pool2d max_pool2d_with_indices mean min moveaxis
-            movedim narrow native_channel_shuffle neg negative permute pixel_shuffle pixel_unshuffle
-            positive prelu relu relu_ repeat repeat_interleave reshape reshape_as roll rot90 select sort
-            split squeeze squeeze_ sum swapaxes swapdims t take_along_dim tile to topk transpose tril
-            triu type_as unbind unflatten unfold unsqueeze unsqueeze_ upsample view view_as
-        """,
-        _held_fixed: "detach hardsigmoid hardsigmoid_ norm rsqrt sigmoid sigmoid_ softmax sqrt std var vector_norm",
-        _bent: """
-            celu clamp clamp_max clamp_min clip elu gelu hardshrink hardswish hardtanh mish relu6 selu
-            silu softshrink softsign square tanh tanhshrink
-        """,
-        _sum: "maximum minimum add add_ __add__ __iadd__ __radd__ sub sub_ __sub__ __isub__ __rsub__ rsub subtract",
-        _product: "mul mul_ multiply multiply_ __mul__ __imul__ __rmul__ matmul __matmul__ __rmatmul__ bmm mm",
-        _quotient: "div div_ divide true_divide __truediv__ __itruediv__ __rtruediv__",
-        _scaled_sum: "addcmul",
-        _joined: "cat concat concatenate stack hstack vstack",
-        _padded: "pad",
-        _power: "pow __pow__",
-        _weighted_sum: "conv1d conv2d conv3d conv_transpose2d linear",
-        _batch_norm: "batch_norm",
-        _layer_norm: "layer_norm",
-        _rms_norm: "rms_norm",
-        _group_norm: "group_norm",
-        _attention: "scaled_dot_product_attention",
-    }.items()
-    for function in _functions(names)
+# The names of the functions of each rule.
+NAMES = {
+    _linear: """
+        __getitem__ __neg__ abs adaptive_avg_pool1d adaptive_avg_pool2d adaptive_max_pool1d
+        adaptive_max_pool2d alpha_dropout amax amin avg_pool1d avg_pool2d broadcast_to
+        channel_shuffle chunk clone contiguous cumsum double dropout dropout2d expand
+        expand_as feature_alpha_dropout flatten flip float fold gather index_select interpolate
+        leaky_relu leaky_relu_ max_pool1d max_pool2d max_pool2d_with_indices mean moveaxis
+        movedim narrow native_channel_shuffle neg negative permute pixel_shuffle pixel_unshuffle
+        positive prelu relu relu_ repeat repeat_interleave reshape reshape_as roll rot90 select sort
+        split squeeze squeeze_ sum swapaxes swapdims t take_along_dim tile to topk transpose tril
+        triu type_as unbind unflatten unfold unsqueeze unsqueeze_ upsample view view_as
+    """,
+    _held_fixed: "detach hardsigmoid norm rsqrt sigmoid sigmoid_ softmax sqrt std var vector_norm",
+    _bent: """
+        celu clamp clamp_max clamp_min clip elu gelu hardshrink hardswish hardtanh mish relu6 selu
+        silu softshrink softsign square tanh tanhshrink
+    """,
+    _sum: "maximum minimum add add_ __add__ __iadd__ __radd__ sub sub_ __sub__ __isub__ __rsub__ rsub subtract",
+    _extreme: "max min",
+    _product: "mul mul_ multiply multiply_ __mul__ __imul__ __rmul__ matmul __matmul__ __rmatmul__ bmm mm",
+    _quotient: "div div_ divide true_divide __truediv__ __itruediv__ __rtruediv__",
+    _scaled_sum: "addcmul",
+    _joined: "cat concat concatenate stack hstack vstack",
+    _padded: "pad",
+    _power: "pow __pow__",
+    _weighted_sum: "conv1d conv2d conv3d conv_transpose2d linear",
+    _batch_norm: "batch_norm",
+    _layer_norm: "layer_norm",
+    _rms_norm: "rms_norm",
+    _group_norm: "group_norm",
+    _attention: "scaled_dot_product_attention",
 }
-RULES |= {decoupled_conv2d: _decoupled, Tensor.T.__get__: _linear, Tensor.mT.__get__: _linear}
+
+RULES |= {function: rule for rule, names in NAMES.items() for name in names.split() for function in functions_of(name)}
+RULES |= {decoupled_conv2d: _decoupled, Tensor.__setitem__: _assignment}
+RULES |= {Tensor.T.__get__: _linear, Tensor.mT.__get__: _linear}

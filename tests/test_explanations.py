@@ -23,11 +23,11 @@ from operators import (
     OperatorConfig,
     convert_decoupled,
     decoupled_conv2d,
-    decoupled_layers,
     fold,
     gradient_parts,
+    linear_map,
 )
-from operators.linear_map import RULES, Signal
+from operators.signal import RULES, Signal
 from tests.command_line import run  # noqa: F401
 from tests.reference import reference_conv, reference_patches
 from zoo.commands.console import main
@@ -126,6 +126,14 @@ def test_linear_convolutions_are_explained_as_plain_ones():
     assert torch.allclose(first.bias, second.bias, atol=1e-3)
 
 
+def test_what_an_activation_says_of_nothing_is_bias():
+    """A pixel of almost nothing contributes almost nothing, whatever the activation adds."""
+    x, one = torch.full((1, 1), 1e-7).requires_grad_(), torch.ones(1).requires_grad_()
+    answer = F.hardtanh(Signal.of(x, one), 0.2, 0.6).as_subclass(torch.Tensor)
+    weight, bias = torch.autograd.grad(answer.sum(), [x, one])
+    assert (weight * x).abs().item() < 1e-6 and bias.item() == pytest.approx(0.2)
+
+
 BENT = [nn.SiLU, nn.GELU, nn.Hardswish, nn.Mish, nn.ReLU6, nn.ELU, nn.CELU, nn.SELU, nn.Tanh, nn.ReLU, nn.Softsign]
 BENT += [partial(nn.LeakyReLU, 0.1), partial(nn.GELU, approximate="tanh"), nn.PReLU, partial(nn.Hardtanh, -2, 2)]
 
@@ -178,7 +186,9 @@ FUNCTIONS = {
     "divided": lambda x: x / x.flatten(1).std(1)[:, None, None, None],
     "moved": lambda x: x.permute(0, 2, 3, 1).flatten(1, 2).mT.roll(1, 2).chunk(2, 1)[0][..., ::2],
     "threshold": lambda x: x.clamp(-0.5, 0.5) + x.abs().amax((2, 3), keepdim=True),
-    "windows": lambda x: x.unflatten(3, (2, 3)).permute(0, 3, 1, 2, 4).flatten(0, 1).mul(2).add(1).unflatten(0, (2, 2)),
+    "bounded away from zero": lambda x: x.clamp(min=0.3) + F.hardtanh(x, 0.2, 0.6) + x.clip(max=-0.1),
+    "the larger of two": lambda x: torch.max(x, torch.full((), 0.2)) + torch.minimum(x, x.flip(2)),
+    "the first": lambda x: x.max(1, keepdim=True).values - x.min(1, keepdim=True)[0],
 }
 
 
@@ -237,20 +247,119 @@ def test_batch_statistics_are_refused():
         zoo.explain(network, torch.rand(2, 3, 8, 8))
 
 
-class Hidden(torch.autograd.Function):
-    @staticmethod
-    def forward(context, x):
-        return x.exp()
-
-    @staticmethod
-    def backward(context, gradient):
-        return gradient
+def hidden_exp(x):
+    """Return ``exp(x)``, computed where no rule sees it."""
+    answer = x.as_subclass(torch.Tensor).exp()
+    return Signal.of(answer, x.one) if isinstance(x, Signal) else answer
 
 
-def test_contributions_that_do_not_add_up_are_refused():
-    network = nn.Sequential(nn.Conv2d(3, 4, 3), Gate(Hidden.apply), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    with pytest.raises((ArithmeticError, TypeError)):
+@pytest.mark.parametrize("count", [1, 2])
+def test_contributions_that_do_not_add_up_are_refused(count):
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), Gate(hidden_exp), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    with pytest.raises(ArithmeticError, match="differ from the logit by"):
+        zoo.explain(network, torch.rand(count, 3, 8, 8))
+
+
+def assigned(x, value):
+    x[:, :1] = value
+    return x
+
+
+@pytest.mark.parametrize(
+    ("function", "told"),
+    [
+        (lambda x: torch.zeros(1, 4, 6, 6).add_(x), "add_, which changes a constant in place"),
+        (lambda x: x.clone().index_fill_(1, torch.tensor([0]), 0.5), "index_fill_"),
+        (lambda x: assigned(x.clone(), 0.5), "an assignment to a part of a tensor"),
+        (lambda x: assigned(torch.zeros(1, 4, 6, 6), x[:, :1]), "an assignment to a part of a tensor"),
+        (lambda x: torch.pow(2.0, x), "a power whose exponent is a tensor"),
+    ],
+    ids=["constant in place", "fill", "assigned constant", "assigned signal", "exponent"],
+)
+def test_what_would_be_lost_is_named(function, told):
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), Gate(function), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    with pytest.raises(TypeError, match=told):
         zoo.explain(network, torch.rand(1, 3, 8, 8))
+
+
+def windows(x):
+    """Return the mean of the halves of each image, which were images of their own and changed meanwhile."""
+    return x.unflatten(3, (2, -1)).permute(0, 3, 1, 2, 4).flatten(0, 1).add(1).unflatten(0, (-1, 2)).mean(1)
+
+
+def doubled(x):
+    """Return the mean of each image and its mirror image, which stand in another order than windows."""
+    return torch.cat([x, x.flip(3)]).add(1).unflatten(0, (2, -1)).mean(0)
+
+
+@pytest.mark.parametrize("function", [windows, doubled])
+def test_a_network_that_mixes_rows_is_explained_image_by_image(function):
+    torch.manual_seed(0)
+    network = nn.Sequential(DecoupledConv2d(3, 4, 3, padding=1), Gate(function), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    images = torch.rand(3, 3, 8, 8)
+    together = zoo.explain(network, images, layers=["0"])
+    assert completeness(together) < 1e-5 and together.bias.abs().min() > 0.1
+    for place in range(3):
+        alone = zoo.explain(network, images[place : place + 1], together.target[place].item(), layers=["0"])
+        assert torch.allclose(alone.bias, together.bias[place : place + 1], rtol=1e-4)
+        assert torch.allclose(alone.layers["0"].angular[0], together.layers["0"].angular[place], atol=1e-5)
+
+
+def test_a_first_layer_in_place_changes_no_images_of_the_caller():
+    network = nn.Sequential(Gate(lambda x: x.mul_(0.5)), nn.ReLU(inplace=True), nn.Conv2d(3, 4, 8), nn.Flatten())
+    images = torch.rand(2, 3, 8, 8)
+    before = images.clone()
+    assert completeness(zoo.explain(network, images)) < 1e-5
+    assert torch.equal(images, before)
+
+
+def test_explain_works_in_inference_mode(sphere):
+    expected = zoo.explain(sphere, images_for(sphere))
+    with torch.inference_mode():
+        found = zoo.explain(sphere, images_for(sphere))
+    assert torch.equal(found.contributions, expected.contributions)
+
+
+class WithSpare(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.used, self.spare = DecoupledConv2d(3, 4, 8), DecoupledConv2d(3, 4, 8)
+
+    def forward(self, x):
+        return self.used(x).flatten(1)
+
+
+def test_layers_that_are_not_used_are_told():
+    with pytest.raises(ValueError, match="does not use its layers spare"):
+        zoo.explain(WithSpare(), torch.rand(1, 3, 8, 8), layers=["spare", "used"])
+
+
+def test_other_threads_may_use_the_network_meanwhile(sphere):
+    images, failures, done = images_for(sphere), [], threading.Event()
+    with torch.no_grad():
+        expected = sphere(images)
+
+    def use():
+        try:
+            with torch.no_grad():
+                while not done.is_set():
+                    assert torch.allclose(sphere(images), expected, atol=1e-4)
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=use)]
+    explained = []
+    threads += [
+        threading.Thread(target=lambda: explained.append(zoo.explain(sphere, images, layers=["conv1"])))
+        for _ in range(4)
+    ]
+    [thread.start() for thread in threads]
+    [thread.join() for thread in threads[1:]]
+    done.set()
+    threads[0].join()
+    assert not failures and len(explained) == 4
+    first = explained[0].layers["conv1"].angular
+    assert first.min() > 0 and all(torch.allclose(each.layers["conv1"].angular, first, rtol=1e-3) for each in explained)
 
 
 def test_probabilities_are_no_logits():
@@ -308,9 +417,10 @@ def test_half_precision_is_explained_in_float32(dtype, sphere):
     explanation = zoo.explain(half, images)
     assert explanation.contributions.dtype == explanation.logits.dtype == torch.float32
     assert completeness(explanation) < 1e-5 and half.network.conv1.weight.dtype == dtype
+    expected = zoo.explain(sphere, images.float())
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(zoo.explain(sphere, images.float()).logits, zoo.explain(sphere, images.float()).logits)
-        assert completeness(zoo.explain(sphere, images.float())) < 1e-5
+        found = zoo.explain(sphere, images.float())
+    assert torch.equal(found.logits, expected.logits) and torch.equal(found.contributions, expected.contributions)
 
 
 def test_float64_stays(sphere):
@@ -320,12 +430,12 @@ def test_float64_stays(sphere):
 
 def test_classes_are_told_by_name_or_index(sphere):
     images = images_for(sphere, 2)
-    for target in ("cat", 3, [3, "cat"], torch.tensor([3, 3]), ("cat", 3)):
+    for target in ("cat", 3, [3, "cat"], torch.tensor([3, 3]), ("cat", 3), np.int64(3), [np.int64(3), 3]):
         assert zoo.explain(sphere, images, target).target.tolist() == [3, 3]
     with pytest.raises(ValueError, match="unknown class 'cst'. Did you mean 'cat'"):
         zoo.explain(sphere, images, "cst")
-    for wrong in (10, -1, True, 1.5, [3, 99]):
-        with pytest.raises((ValueError, TypeError)):
+    for wrong in (10, -1, True, 1.5, [3, 99], [3, None]):
+        with pytest.raises(ValueError, match="a class is an index from 0 to 9 or a name, got"):
             zoo.explain(sphere, images, wrong)
     with pytest.raises(ValueError, match="one for each of 2 images, got 3"):
         zoo.explain(sphere, images, [1, 2, 3])
@@ -364,31 +474,41 @@ def test_wrong_images_are_refused(images, told, sphere):
         zoo.explain(sphere, images)
 
 
-def test_layer_maps_are_those_of_the_definition(sphere):
-    images = images_for(sphere, 2)
-    name = "blocks.3.conv1"
-    maps = zoo.explain(sphere, images, layers=["conv1", name]).layers
-    assert list(maps) == ["conv1", name]
-    layer = decoupled_layers(sphere.network)[name]
-    inputs = []
-    with torch.no_grad():
-        hook = layer.register_forward_hook(lambda _, given, __: inputs.append(given[0]))
-        sphere(images)
-        hook.remove()
-    n = layer.patch_norm(inputs[0])
-    assert torch.allclose(maps[name].norm, F.interpolate(n, (32, 32), mode="bilinear")[:, 0], rtol=1e-5)
-    # The magnitude of SphereConv is 1 everywhere, so both maps are weighted by the same gradients.
-    assert (maps[name].angular >= 0).all() and (maps[name].angular <= maps[name].magnitude * (1 + 1e-5)).all()
-    assert maps["conv1"].norm.shape == (2, 32, 32)
+@pytest.mark.parametrize("groups", [1, 2])
+def test_layer_maps_are_those_of_the_definition(groups):
+    torch.manual_seed(0)
+    operator = OperatorConfig("tanh", "square_cosine", weighting="linear", radius=1.5)
+    layer = DecoupledConv2d(4, 6, 3, stride=2, padding=1, groups=groups, operator=operator)
+    network = nn.Sequential(layer, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 3)).double()
+    images = torch.randn(2, 4, 8, 8).double()
+    maps = zoo.explain(network, images, [0, 2], layers=["0"]).layers["0"]
+    w = layer.weight.detach()
+    length = (w.square().sum((1, 2, 3)) + 1e-4).sqrt()
+    x = F.unfold(images, 3, padding=1, stride=2).view(2, groups, -1, 16)
+    n = (x.square().sum(2) + 1e-4).sqrt()
+    filters = (w.flatten(1) / length[:, None]).view(groups, 6 // groups, -1)
+    cosines = (torch.einsum("gkd,ngdl->ngkl", filters, x) / n[:, :, None]).flatten(1, 2)
+    h = (torch.tanh(n / 1.5)[:, :, None] * length.view(groups, -1, 1)).flatten(1, 2)
+    # By the average pooling, the logit changes by the classifier's weight over 16 positions.
+    matters = network[3].weight.detach()[[0, 2]].abs().unsqueeze(2) / 16
+    expected = {"norm": n.mean(1), "magnitude": (matters * h).sum(1), "angular": (matters * cosines.square()).sum(1)}
+    for name, values in expected.items():
+        enlarged = F.interpolate(values.view(2, 1, 4, 4), (8, 8), mode="bilinear")[:, 0]
+        assert torch.allclose(getattr(maps, name), enlarged, rtol=1e-8), name
+
+
+def test_layers_are_told_by_their_names(sphere):
+    maps = zoo.explain(sphere, images_for(sphere, 2), layers=["blocks.3.conv1", "conv1"]).layers
+    assert list(maps) == ["blocks.3.conv1", "conv1"] and maps["conv1"].norm.shape == (2, 32, 32)
     with pytest.raises(ValueError, match="unknown decoupled layer 'conv9'"):
-        zoo.explain(sphere, images, layers=["conv9"])
+        zoo.explain(sphere, images_for(sphere, 2), layers=["conv9"])
 
 
 def test_a_recorded_layer_has_the_gradient_of_the_logit():
     torch.manual_seed(0)
     network = nn.Sequential(DecoupledConv2d(2, 3, 3, operator="tanh_cosine"), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     x, one = torch.randn(1, 2, 6, 6).requires_grad_(), torch.ones(1).requires_grad_()
-    with recording({"conv": network[0]}) as found:
+    with recording({"conv": network[0]}, one) as found:
         answer = network(Signal.of(x, one)).as_subclass(torch.Tensor)
     gradient = torch.autograd.grad(answer[0, 1], found["conv"].output)[0]
     assert torch.allclose(gradient[0, 1], torch.full((4, 4), 1 / 16)) and gradient[0, [0, 2]].abs().max() == 0
@@ -459,8 +579,11 @@ def test_wrong_words_are_told_and_nothing_is_drawn(words, told, run, tmp_path): 
     assert not (tmp_path / "outputs").exists()
 
 
-def test_every_rule_is_for_something_torch_has():
-    assert all(map(callable, RULES)) and decoupled_conv2d in RULES
+def test_every_name_of_a_rule_stands_for_a_function():
+    names = [name for names in linear_map.NAMES.values() for name in names.split()]
+    assert len(names) == len(set(names)) and decoupled_conv2d in RULES
+    for name in names:
+        assert linear_map.functions_of(name), name
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -2,17 +2,18 @@
 
 import copy
 import dataclasses
+import operator
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, fx, nn
 
-from operators import decoupled_layers
+from operators import DecoupledConv2d, decoupled_layers
 from operators.evaluation_mode import evaluating
 from operators.fold import FoldedConv2d
 from operators.fused import no_autocast
-from operators.linear_map import NotLinearError, Signal
+from operators.linear_map import MixedImagesError, NotLinearError, Signal
 from operators.lookup import look_up
 from operators.observation import refuse_compiled
 from zoo.arithmetic import exact_arithmetic
@@ -61,8 +62,9 @@ def explain(
 
     Every factor by which a layer multiplies is held fixed, such as ``weighting(‖w‖) h(n) g(c) / (n c)`` of a decoupled
     convolution, a gate, or a normaliser's standard deviation: for this image the network is then ``W(x) · x + β(x)``,
-    exactly. The model is explained in evaluation mode and float32 (float64, if it is), and left as it was. It costs
-    about three forward passes.
+    exactly. Of a product of two signals each is given half; a gate that is added counts as bias. The model is explained
+    in evaluation mode and float32 (float64, if it is), and left as it was. It costs three and a half to four forward
+    passes.
 
     Args:
         model: one of the zoo, or any convolutional network, converted or plain.
@@ -84,27 +86,68 @@ def explain(
     parameter = next(model.parameters())
     # Gradients come with channels first, and two formats at a time would cost a pass more.
     images = images.detach().to(parameter.device, parameter.dtype).contiguous()
+    legal = decoupled_layers(model.network if isinstance(model, ImageModel) else model)
+    chosen = {name: look_up(legal, name, "decoupled layer") for name in layers}
+    # Whoever calls it in inference mode gets gradients all the same.
+    with (
+        torch.inference_mode(False),
+        evaluating(model),
+        exact_arithmetic(images.device),
+        no_autocast(images.device.type),
+    ):
+        images = images.clone()
+        with torch.no_grad():
+            logits = model(images.clone())
+        target = _indices(target, logits, model.class_names if isinstance(model, ImageModel) else None)
+        try:
+            return _explained(model, images, logits, target, chosen)
+        except (MixedImagesError, ArithmeticError):
+            if len(images) == 1:
+                raise
+            # A network that mixes the rows of a batch, such as one of windows, is explained image by image.
+            parts = zip(images.split(1), logits.split(1), target.split(1), strict=True)
+            return _joined([_explained(model, *part, chosen) for part in parts])
+
+
+def _explained(
+    model: nn.Module, images: Tensor, logits: Tensor, target: Tensor, layers: Mapping[str, DecoupledConv2d]
+) -> Explanation:
+    """Return the explanation of a batch, in evaluation mode.
+
+    Raises:
+        TypeError, ArithmeticError: as :func:`explain`.
+        MixedImagesError: the network does not keep the images of a batch in order.
+        ValueError: a layer that the network does not use.
+    """
     is_ours = isinstance(model, ImageModel)
     network = model.network if is_ours else model
-    legal = decoupled_layers(network)
-    chosen = {name: look_up(legal, name, "decoupled layer") for name in layers}
-    with evaluating(model), exact_arithmetic(), no_autocast(parameter.device.type):
-        with torch.no_grad():
-            logits = model(images)
-            x = (images - model.mean) / model.std if is_ours else images.clone()
-        target = _indices(target, logits, model.class_names if is_ours else None)
-        one = x.new_ones(len(x))
-        with torch.enable_grad(), recording(chosen) as recorded:
-            answer = _linear_answer(network, x.requires_grad_(), one.requires_grad_())
-            inputs = [x, one, *(found.output for found in recorded.values())]
-            weights, bias, *gradients = torch.autograd.grad(
-                _chosen(answer, target).sum(), inputs, materialize_grads=True
-            )
-        contributions = weights * x.detach()
-        _check_sum(contributions, bias, logits, target)
-        found = zip(recorded.items(), gradients, strict=True)
-        maps = {name: layer_maps(record, gradient, x.shape[-2:]) for (name, record), gradient in found}
+    x = ((images - model.mean) / model.std if is_ours else images).detach().requires_grad_()
+    one = x.new_ones(len(x)).requires_grad_()
+    with torch.enable_grad(), recording(layers, one) as recorded:
+        answer = _linear_answer(network, x.clone(), one)
+        if missing := layers.keys() - recorded.keys():
+            raise ValueError(f"the network does not use its layers {', '.join(sorted(missing))}; leave them out")
+        inputs = [x, one, *(recorded[name].output for name in layers)]
+        total = _chosen(answer, target).sum()
+        # What does not touch the logit has a gradient of zeros.
+        weights, bias, *gradients = torch.autograd.grad(total, inputs, materialize_grads=True)
+    contributions = weights * x.detach()
+    _check_sum(contributions, bias, logits, target)
+    size = x.shape[-2:]
+    maps = {name: layer_maps(recorded[name], gradient, size) for name, gradient in zip(layers, gradients, strict=True)}
     return Explanation(contributions, bias, logits, target, maps)
+
+
+def _joined(explanations: Sequence[Explanation]) -> Explanation:
+    """Return the explanations of several batches as one."""
+    fields = ("contributions", "bias", "logits", "target")
+    tensors = [torch.cat([getattr(each, field) for each in explanations]) for field in fields]
+    kinds = [field.name for field in dataclasses.fields(LayerMaps)]
+    maps = {
+        name: LayerMaps(*(torch.cat([getattr(each.layers[name], kind) for each in explanations]) for kind in kinds))
+        for name in explanations[0].layers
+    }
+    return Explanation(*tensors, maps)
 
 
 def _check(model: nn.Module, images: Tensor) -> None:
@@ -116,7 +159,7 @@ def _check(model: nn.Module, images: Tensor) -> None:
         raise TypeError(f"explain takes the network before it was exported or traced, got {type(model).__name__}")
     if any(isinstance(module, FoldedConv2d) for module in model.modules()):
         raise TypeError("explain takes the network before operators.fold; fold returned a copy, so it is still there")
-    if not any(True for _ in model.parameters()):
+    if next(model.parameters(), None) is None:
         raise TypeError(f"explain takes a network, and {type(model).__name__} has no parameters")
     if not isinstance(images, Tensor) or not images.is_floating_point():
         kind = images.dtype if isinstance(images, Tensor) else type(images).__name__
@@ -129,7 +172,7 @@ def _check(model: nn.Module, images: Tensor) -> None:
 
 
 def _in_single_precision(model: nn.Module) -> nn.Module:
-    """Return the model, or a copy in float32 of one in half precision."""
+    """Return the model, or of one in half precision a copy in float32."""
     half = any(parameter.dtype in (torch.float16, torch.bfloat16) for parameter in model.parameters())
     return copy.deepcopy(model).float() if half else model
 
@@ -147,20 +190,21 @@ def _indices(
     count, number = logits.shape
     if target is None:
         return logits.argmax(1)
-    wanted = target.tolist() if isinstance(target, Tensor) else target
-    wanted = [wanted] * count if isinstance(wanted, int | str) else list(wanted)
+    wanted = target.tolist() if hasattr(target, "tolist") else target
+    wanted = list(wanted) if isinstance(wanted, Iterable) and not isinstance(wanted, str) else [wanted] * count
     if len(wanted) != count:
         raise ValueError(f"target is one class, or one for each of {count} images, got {len(wanted)}")
-    indices = []
-    for value in wanted:
-        if isinstance(value, str):
-            if class_names is None:
-                raise ValueError(f"this network does not know the names of its classes; give {value!r} as an index")
-            value = look_up({name: index for index, name in enumerate(class_names)}, value, "class")
-        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < number:
-            raise ValueError(f"a class is an index from 0 to {number - 1} or a name, got {value!r}")
-        indices.append(value)
-    return torch.tensor(indices, device=logits.device)
+    return torch.tensor([_index(value, number, class_names) for value in wanted], device=logits.device)
+
+
+def _index(value: object, classes: int, class_names: Sequence[str] | None) -> int:
+    if isinstance(value, str):
+        if class_names is None:
+            raise ValueError(f"this network does not know the names of its classes; give {value!r} as an index")
+        return look_up({name: index for index, name in enumerate(class_names)}, value, "class")
+    if isinstance(value, bool) or not hasattr(value, "__index__") or not 0 <= operator.index(value) < classes:
+        raise ValueError(f"a class is an index from 0 to {classes - 1} or a name, got {value!r}")
+    return operator.index(value)
 
 
 def _linear_answer(network: nn.Module, x: Tensor, one: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ class LayerMaps:
 
     Attributes:
         norm: ``n``, the norm of the patches, the mean of all groups.
-        magnitude: ``Σ_k |∂logit/∂y_k| h(n)`` over the filters: how strongly those that matter could answer.
+        magnitude: ``Σ_k |∂logit/∂y_k| h(‖w_k‖, n)`` over the filters: how strongly those that matter could answer.
         angular: ``Σ_k |∂logit/∂y_k| |g(c_k)|``: how well the patch matches those that matter.
 
     The gradient is that of the linear map that the network is for the image.
@@ -41,15 +41,18 @@ class Recorded:
 
 
 @contextlib.contextmanager
-def recording(layers: Mapping[str, DecoupledConv2d]) -> Iterator[dict[str, Recorded]]:
-    """Record, by their names, the inputs and answers of layers as signals go through them."""
+def recording(layers: Mapping[str, DecoupledConv2d], one: Tensor) -> Iterator[dict[str, Recorded]]:
+    """Record, by their names, the inputs and answers of layers as the signals of ``one`` go through them."""
     found: dict[str, Recorded] = {}
 
-    def look(name: str, layer: nn.Module, inputs: tuple[Signal], output: Signal) -> Signal:
+    def look(name: str, layer: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+        if getattr(output, "one", None) is not one:
+            # Another thread uses the network.
+            return output
         answer = output.as_subclass(Tensor)
         found[name] = Recorded(layer, inputs[0].detach(), answer)
         # What follows is computed of the recorded answer, so that it has a gradient.
-        return Signal.of(answer, output.one)
+        return Signal.of(answer, one)
 
     hooks = [layer.register_forward_hook(functools.partial(look, name)) for name, layer in layers.items()]
     try:

@@ -69,7 +69,7 @@ class ModelOutputs:
         images, labels = (tensor.to(self.model.mean.device) for tensor in self.attacked)
         attacked = ModelUnderAttack(self.model)
         parts = zip(images.split(ATTACKED_BATCH), labels.split(ATTACKED_BATCH), strict=True)
-        with exact_arithmetic():
+        with exact_arithmetic(images.device):
             return torch.cat([PROBES[probe](attacked, *part, EPS, seed).cpu() for seed, part in enumerate(parts)])
 
     def effort(self) -> float:

@@ -70,7 +70,7 @@ def evaluate(
     ledger = _ledger(work, config, content, others, str(device))
     plan = _Plan(ledger, len(labels), effort_limit)
     tasks = [batch for step in steps for batch in plan.batches(step)]
-    with exact_arithmetic():
+    with exact_arithmetic(device):
         for done, (step, *place) in enumerate(tasks):
             tell(step.key, done, len(tasks))
             if not plan.is_known(step, *place):
