@@ -12,17 +12,19 @@ from typing import Any
 import matplotlib
 import torch
 from matplotlib.figure import Figure
-from torch import Tensor, nn
+from torch import Tensor
 
 import zoo
 from benchmarks import measure
 from benchmarks.report import DOCS
+from operators import OperatorConfig
 from operators.functional import norms_and_products
+from operators.observation import convolution_inputs
 from zoo.corruptions.kinds import scaled_contrast
 from zoo.data.measuring import data_for
 from zoo.figures import STYLE, write_figure
 from zoo.models.image_model import ImageModel
-from zoo.models.names import is_plain
+from zoo.robustness.pictures import colour_of
 
 OUTPUT = measure.RESULTS / "bad_light.json"
 PICTURE = DOCS / "bad_light_layers.png"
@@ -37,24 +39,12 @@ DRAWN = "conv1"
 def layers_of(model: ImageModel, images: Tensor) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
     """Return for each convolution the norms of its patches, the cosines to its filters, and its answers."""
     found = {}
-
-    def look(name: str):
-        def hook(layer: nn.Conv2d, inputs: tuple[Tensor], answer: Tensor) -> None:
-            geometry = layer.stride, layer.padding, layer.dilation, layer.groups
-            settings = {"eps": 1e-4, "padding_mode": layer.padding_mode}
-            n, product = norms_and_products(inputs[0], layer.weight, *geometry, **settings)
-            found[name] = n[:, 0], product / n, answer
-
-        return hook
-
-    convolutions = {name: module for name, module in model.network.named_modules() if isinstance(module, nn.Conv2d)}
-    hooks = [module.register_forward_hook(look(name)) for name, module in convolutions.items()]
-    try:
+    for name, (layer, inputs) in convolution_inputs(model.network, lambda: model(images)).items():
+        geometry = layer.stride, layer.padding, layer.dilation, layer.groups
+        settings = {"eps": OperatorConfig.eps, "padding_mode": layer.padding_mode}
         with torch.no_grad():
-            model(images)
-    finally:
-        for hook in hooks:
-            hook.remove()
+            n, product = norms_and_products(inputs, layer.weight, *geometry, **settings)
+            found[name] = n[:, 0], product / n, layer(inputs)
     return found
 
 
@@ -90,14 +80,14 @@ def draw(record: Mapping[str, Mapping[str, Any]], path: Path) -> None:
     for axes, (kind, title) in zip(panels, titles.items(), strict=False):
         for name, found in record.items():
             values = [layer[kind] for layer in found["layers"].values()]
-            axes.plot(range(1, len(values) + 1), values, marker="o", markersize=3, label=name, color=_colour(name))
+            axes.plot(range(1, len(values) + 1), values, marker="o", markersize=3, label=name, color=colour_of(name))
         axes.set(title=title, xlabel="convolution, from the image on", ylim=(0, None))
         axes.title.set_fontsize(10)
     panels[0].axhline(1, color="grey", linewidth=0.6)
     centres = [-1 + (2 * place + 1) / BINS for place in range(BINS)]
     for name, found in record.items():
         for kind, style in (("clear", "-"), ("pale", ":")):
-            panels[2].plot(centres, found["cosines"][kind], linestyle=style, color=_colour(name), linewidth=1.2)
+            panels[2].plot(centres, found["cosines"][kind], linestyle=style, color=colour_of(name), linewidth=1.2)
     panels[2].plot([], [], "k-", label="as it is")
     panels[2].plot([], [], "k:", label="contrast × 0.25")
     panels[2].set(title=f"cosines of {DRAWN}, share", xlabel="cos θ")
@@ -105,10 +95,6 @@ def draw(record: Mapping[str, Mapping[str, Any]], path: Path) -> None:
     panels[2].legend(frameon=False, fontsize=8, loc="upper left")
     panels[0].legend(frameon=False, fontsize=8)
     write_figure(figure, path)
-
-
-def _colour(name: str) -> str:
-    return "black" if is_plain(name) else "C2" if "tanh" in name else "C0"
 
 
 def main(names: Sequence[str] | None = None) -> None:

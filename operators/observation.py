@@ -163,6 +163,19 @@ def before_each(modules: Iterable[Module], function: Callable[[Module, Tensor], 
         yield
 
 
+def convolution_inputs(network: nn.Module, answer: Callable[[], object]) -> dict[str, tuple[nn.Conv2d, Tensor]]:
+    """Return the convolutions of a network by their names, each with the last input that it gets as ``answer`` runs."""
+    names = {module: name for name, module in network.named_modules() if isinstance(module, nn.Conv2d)}
+    found: dict[str, tuple[nn.Conv2d, Tensor]] = {}
+
+    def keep(module: nn.Conv2d, input: Tensor) -> None:
+        found[names[module]] = module, input.detach()
+
+    with before_each(names, keep), torch.no_grad():
+        answer()
+    return found
+
+
 @contextlib.contextmanager
 def _removing(handles: Sequence[RemovableHandle]) -> Iterator[None]:
     try:

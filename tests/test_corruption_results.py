@@ -9,13 +9,15 @@ from tests.command_line import fit, run  # noqa: F401
 from zoo.checkpoints.config import read_config
 from zoo.commands.console import main
 from zoo.corruptions.corruption import CORRUPTIONS, corrupted, corruption_keys
+from zoo.corruptions.ways import FACTORS, WAYS, scale_key
 from zoo.data import Digits
 from zoo.data.image_sets import CorruptedImages
+from zoo.data.measuring import portable_description
 from zoo.recipes.corruption_pages import by_family, by_network, short_names
-from zoo.robustness.corruption_evaluation import changed_images, evaluate_corruptions
+from zoo.robustness.corruption_evaluation import evaluate_corruptions
 from zoo.robustness.corruption_pictures import plot_light
-from zoo.robustness.corruption_report import seeds_table, severities_table
-from zoo.robustness.corruption_result import COUNTED, FACTORS, CorruptionResult, keys, scale_key
+from zoo.robustness.corruption_report import overview, seeds_table, severities_table
+from zoo.robustness.corruption_result import COUNTED, CorruptionResult, twin_among
 from zoo.statistics import paired_difference
 
 pytestmark = pytest.mark.filterwarnings("ignore:The number of training batches")
@@ -29,26 +31,30 @@ def results(tmp_path_factory):
     return evaluate_corruptions(NAMES, Digits(), limit=60, device="cpu", work=work)
 
 
-def made_up(right, images=4, name="digits_cnn6_conv"):
-    about = {"checkpoint": name, "data": "Digits", "split": "test", "images": images, "input_size": 8, "grey": True}
-    return CorruptionResult(about, {key: right(key) for key in keys()})
+def made_up(right, name="digits_cnn6_conv", content="alike"):
+    operator = name.removeprefix("digits_cnn6_")
+    about = {"checkpoint": name, "operator": operator, "data": "Digits", "images": 4, "content": content}
+    return CorruptionResult(about, {key: right(key) for key in WAYS})
 
 
 def test_every_way_is_measured_image_by_image(results):
     model, data = zoo.load(NAMES[1]), Digits()
-    test = data.split("test")
     places = [(2 * place + 1) * 360 // 120 for place in range(60)]
-    images, labels = test.__getitems__(places)
-    assert list(results[1].right) == keys() and len(keys()) == 1 + 19 * 5 + 2 * len(FACTORS)
-    for key in ("clean", "fog:4", "contrast x 0.25"):
-        changed = changed_images(images, key, corruption_keys(torch.tensor(places)))
+    images, labels = data.split("test").__getitems__(places)
+    drawn = corruption_keys(torch.tensor(places))
+    floats = images.float() / 255
+    mean = floats.mean((2, 3), keepdim=True)
+    expected = {
+        "clean": floats,
+        "fog:4": corrupted(images, "fog", 4, drawn).float() / 255,
+        "contrast x 0.25": mean + 0.25 * (floats - mean),
+        "brightness x 0.1": 0.1 * floats,
+    }
+    assert list(results[1].right) == list(WAYS) and len(WAYS) == 1 + 19 * 5 + 2 * len(FACTORS)
+    for key, changed in expected.items():
+        assert torch.allclose(WAYS[key](images, drawn), changed, atol=1e-6)
         with torch.no_grad():
-            expected = model(changed).argmax(1) == labels
-        assert torch.equal(results[1].right[key], expected)
-    assert torch.equal(
-        changed_images(images, "fog:4", corruption_keys(torch.tensor(places))),
-        corrupted(images, "fog", 4, corruption_keys(torch.tensor(places))).float() / 255,
-    )
+            assert torch.equal(results[1].right[key], model(changed).argmax(1) == labels)
     assert results[0].about["images"] == 60 and results[0].is_of_the_same_images(results[1])
 
 
@@ -75,11 +81,45 @@ def test_a_killed_run_goes_on_and_measures_nothing_twice(tmp_path, monkeypatch):
         evaluate_corruptions(NAMES[:1], Digits(), **settings, tell=stop)
     asked = []
     monkeypatch.setattr(
-        "zoo.robustness.corruption_evaluation.changed_images",
-        lambda images, key, drawn: asked.append(key) or changed_images(images, key, drawn),
+        "zoo.robustness.corruption_evaluation.WAYS",
+        {key: lambda *images, key=key, way=way: asked.append(key) or way(*images) for key, way in WAYS.items()},
     )
     evaluate_corruptions(NAMES[:1], Digits(), **settings)
-    assert asked == keys()[3:]
+    assert asked == list(WAYS)[3:]
+    # Other images are other numbers, and so are fewer of them.
+    other = Digits()
+    other.split("test").images.zero_()
+    asked.clear()
+    (found,) = evaluate_corruptions(NAMES[:1], other, **settings)
+    assert asked == list(WAYS) and found.accuracy("clean") < 50
+    asked.clear()
+    evaluate_corruptions(NAMES[:1], Digits(), **{**settings, "limit": 10})
+    assert asked == list(WAYS)
+
+
+def test_a_network_is_compared_with_its_own_twin_on_the_same_images_alone():
+    plain, mine = (made_up(lambda key: torch.ones(4).bool(), name=name) for name in NAMES)
+    other = made_up(lambda key: torch.ones(4).bool(), name="mnist_cnn6_conv")
+    elsewhere = made_up(lambda key: torch.ones(4).bool(), content="other")
+    assert twin_among(mine, [mine, other, plain]) is plain
+    for results in ([mine], [mine, other], [mine, elsewhere]):
+        assert twin_among(mine, results) is None
+    assert twin_among(plain, [plain, mine]) is None
+    assert "| digits_cnn6_sphere_cosine | 4 | 100.0 | 100.0 | – | – |" in overview([elsewhere, mine])
+
+
+def test_two_checkpoints_of_one_name_are_refused(tmp_path):
+    zoo.save(zoo.load(NAMES[0]), tmp_path / NAMES[0])
+    with pytest.raises(ValueError, match="two checkpoints are called digits_cnn6_conv; measure each into a folder"):
+        names = [NAMES[0], tmp_path / NAMES[0]]
+        evaluate_corruptions(names, Digits(), limit=10, device="cpu", work=tmp_path / "work")
+
+
+def test_missing_photographs_are_told_before_anything_is_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"decoupled-zoo\[corruptions\]"):
+        evaluate_corruptions(NAMES[:1], Digits(), limit=10, device="cpu", work=tmp_path / "work")
+    assert not (tmp_path / "work").exists()
 
 
 def test_numbers_are_those_of_their_definitions():
@@ -172,7 +212,10 @@ def test_test_images_are_corrupted_when_they_are_read():
     assert torch.equal(images, expected) and torch.equal(torch.cat([labels for _, labels in batches]), clean.labels)
     # All other splits, and what a network is measured on, stay as they are.
     assert torch.equal(torch.cat([images for images, _ in data.val_dataloader()]), plain.split("val").images)
-    assert isinstance(data.test_dataloader().dataset, CorruptedImages) and data.split("test") is not None
+    assert isinstance(data.test_dataloader().dataset, CorruptedImages)
+    assert torch.equal(data.split("test").images, clean.images)
+    # What a network was measured on does not tell of it.
+    assert "corruption" not in portable_description(data.describe())["arguments"]
 
 
 @pytest.mark.parametrize(

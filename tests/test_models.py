@@ -17,6 +17,7 @@ from zoo.architectures.cnn import CNN
 from zoo.architectures.network import UncentredBatchNorm2d
 from zoo.models.building import build_from
 from zoo.models.spec import ModelSpec
+from zoo.training.freezing import freeze_norms
 
 # Parameters counted by hand from the architecture's description, with 3 channels and 10 (1000) classes.
 PARAMETERS = {
@@ -421,6 +422,27 @@ def test_batch_norm_without_bias_divides_by_the_root_of_the_mean_square():
     before = norm.mean_square.clone()
     norm(x)
     assert torch.equal(norm.mean_square, before)
+
+
+def test_batch_norm_without_bias_works_in_any_precision():
+    torch.manual_seed(0)
+    norm = UncentredBatchNorm2d(2).double()
+    assert torch.autograd.gradcheck(norm, torch.randn(3, 2, 2, 2, dtype=torch.float64, requires_grad=True))
+    norm = UncentredBatchNorm2d(2).bfloat16()
+    x = (1.01 * torch.ones(4, 2, 2, 2)).bfloat16()
+    for _ in range(100):
+        assert norm(x).dtype == torch.bfloat16
+    # Steps of a fiftieth of bfloat16's precision add up.
+    assert norm.mean_square.dtype == torch.float32
+    assert torch.allclose(norm.mean_square, x[0, :, 0, 0].float().square(), rtol=1e-3)
+
+
+def test_statistics_without_a_mean_rest_like_others():
+    model = zoo.build("resnet20", "sphere_cosine", batch_norm_bias=False).train()
+    freeze_norms(model)
+    before = model.network.bn1.mean_square.clone()
+    model(torch.rand(4, 3, 32, 32))
+    assert torch.equal(model.network.bn1.mean_square, before) and model.network.training
 
 
 @pytest.mark.parametrize("operator", ["conv", "sphere_cosine"])

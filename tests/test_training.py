@@ -144,6 +144,21 @@ def test_another_seed_begins_another_run_of_the_recipe(here, monkeypatch):
     assert "--seed_everything 7" in other["training"]["command"] and first["sha256"] != other["sha256"]
 
 
+def test_a_checkpoint_of_another_seed_is_told_and_left(here, capsys, monkeypatch):
+    monkeypatch.setattr(whole_zoo, "WORK", here / "work")
+    assert train_zoo("digits_cnn6_conv", device=CPU, epochs=1, to=here)
+    before = (here / "digits_cnn6_conv/config.json").read_bytes()
+    assert not train_zoo("digits_cnn6_conv", device=CPU, epochs=1, seed=7, to=here)
+    assert "is of the seed 0, not of 7; name another parent (--to)" in capsys.readouterr().out
+    assert (here / "digits_cnn6_conv/config.json").read_bytes() == before
+    assert train_zoo("digits_cnn6_conv", device=CPU, epochs=1, seed=0, to=here)
+
+
+def test_a_folder_without_recipes_is_named(here):
+    with pytest.raises(ValueError, match="nowhere has no recipes"):
+        recipes(folder=Path("nowhere"))
+
+
 def stop(self, trainer, module):
     trainer.should_stop = True
 

@@ -13,10 +13,9 @@ from zoo.commands.arguments import OUTPUTS, Commands, add_device, positive
 from zoo.data.measuring import data_for
 from zoo.data.registry import DATA
 from zoo.files import write_whole
-from zoo.models.names import is_plain
 from zoo.robustness.corruption_evaluation import evaluate_corruptions
 from zoo.robustness.corruption_report import card_record, corruption_report
-from zoo.robustness.corruption_result import CorruptionResult
+from zoo.robustness.corruption_result import twin_among
 from zoo.training.device import Device
 
 
@@ -73,9 +72,3 @@ def corruptions(
         if record:
             zoo.record(name, corruptions=card_record(result, twin))
             print(f"recorded: {find_local(name)}")
-
-
-def twin_among(result: CorruptionResult, results: Sequence[CorruptionResult]) -> CorruptionResult | None:
-    """Return the result of the plain network among several, unless it is this one."""
-    plain = [other for other in results if is_plain(other.about["checkpoint"])]
-    return plain[0] if len(plain) == 1 and plain[0] is not result else None

@@ -43,6 +43,9 @@ def explain(
     device: str = "auto",
 ) -> None:
     """Explain images by a network, and by its twin if wanted; print the sums and draw the maps."""
+    for path in images:
+        if not path.is_file():
+            raise FileNotFoundError(f"no image file {path}; check the path")
     device = Device.choose(device, compile=False).name
     models = {name: zoo.load(name, device=device)}
     if twin is not None:
@@ -51,15 +54,11 @@ def explain(
     rows = []
     for path in images:
         for label, model in models.items():
-            if not path.is_file():
-                raise FileNotFoundError(f"no image file {path}; check the path")
             image = (model.transform.read(path).float() / 255).to(device)
-            row = explain_image(Path(label).name, path.name, model, image, target)
-            rows.append(row)
-            for explained in (row.best, row.other):
-                pixels, bias = explained.contributions.sum().item(), explained.bias.item()
-                what = f"{model.class_names[explained.target]}, logit {explained.logit.item():.2f}"
-                print(f"{path} by {row.network}: {what} = {pixels:.2f} of the pixels + bias {bias:.2f}")
+            rows.append(explain_image(Path(label).name, path.name, model, image, target))
+            for guess, logit, pixels, bias in rows[-1].sums():
+                said = f"{guess}, logit {logit:.2f} = {pixels:.2f} of the pixels + bias {bias:.2f}"
+                print(f"{path} by {rows[-1].network}: {said}")
     draw_explanations(rows, output)
     print(f"picture: {output}")
 

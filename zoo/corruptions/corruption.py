@@ -49,7 +49,7 @@ class Corruption:
 
 
 # The published code says 244 pixels where it means the image's 224.
-_244 = 244 / 224
+PUBLISHED_SCALE = 244 / 224
 
 CORRUPTIONS: dict[str, Corruption] = {
     "gaussian_noise": Corruption(
@@ -120,11 +120,11 @@ CORRUPTIONS: dict[str, Corruption] = {
         "digital",
         ((0, 0, 0.08), (0.05, 0.2, 0.07), (0.08, 0.06, 0.06), (0.1, 0.04, 0.05), (0.1, 0.03, 0.03)),
         (
-            (2 * _244, 0.7 * _244, 0.1 * _244),
-            (2 * _244, 0.08 * _244, 0.2 * _244),
-            (0.05 * _244, 0.01 * _244, 0.02 * _244),
-            (0.07 * _244, 0.01 * _244, 0.02 * _244),
-            (0.12 * _244, 0.01 * _244, 0.02 * _244),
+            (2 * PUBLISHED_SCALE, 0.7 * PUBLISHED_SCALE, 0.1 * PUBLISHED_SCALE),
+            (2 * PUBLISHED_SCALE, 0.08 * PUBLISHED_SCALE, 0.2 * PUBLISHED_SCALE),
+            (0.05 * PUBLISHED_SCALE, 0.01 * PUBLISHED_SCALE, 0.02 * PUBLISHED_SCALE),
+            (0.07 * PUBLISHED_SCALE, 0.01 * PUBLISHED_SCALE, 0.02 * PUBLISHED_SCALE),
+            (0.12 * PUBLISHED_SCALE, 0.01 * PUBLISHED_SCALE, 0.02 * PUBLISHED_SCALE),
         ),
     ),
     "pixelate": Corruption(kinds.pixelate, "digital", (0.95, 0.9, 0.85, 0.75, 0.65), (0.6, 0.5, 0.4, 0.3, 0.25)),

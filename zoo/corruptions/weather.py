@@ -159,6 +159,19 @@ def plasma(keys: Tensor, size: int, decay: float) -> Tensor:
     return heights / heights.amax((1, 2), keepdim=True)
 
 
+def require_photographs() -> Path:
+    """Return the folder of the photographs of frost.
+
+    Raises:
+        ImportError: the package that has them is not installed.
+    """
+    # Only its files are wanted: what it imports is slow and may not be there.
+    package = importlib.util.find_spec("imagecorruptions")
+    if package is None:
+        raise ImportError('frost needs the photographs of imagecorruptions: pip install "decoupled-zoo[corruptions]"')
+    return Path(package.submodule_search_locations[0]) / "frost"
+
+
 @functools.cache
 def _photograph(name: str, divisor: int, height: int, width: int) -> Tensor:
     """Return a photograph of frost, uint8 (3, H, W), shrunk by ``divisor`` and no smaller than (height, width).
@@ -166,11 +179,7 @@ def _photograph(name: str, divisor: int, height: int, width: int) -> Tensor:
     Raises:
         ImportError: the package that has it is not installed.
     """
-    # Only its files are wanted: what it imports is slow and may not be there.
-    package = importlib.util.find_spec("imagecorruptions")
-    if package is None:
-        raise ImportError('frost needs the photographs of imagecorruptions: pip install "decoupled-zoo[corruptions]"')
-    with Image.open(Path(package.submodule_search_locations[0]) / "frost" / name) as file:
+    with Image.open(require_photographs() / name) as file:
         photograph = torch.from_numpy(numpy.array(file.convert("RGB"))).permute(2, 0, 1)
     sides = [int(length / divisor + 0.5) for length in photograph.shape[1:]]
     # Shrunk bilinearly by an odd number, each pixel is the one in the middle of its area.

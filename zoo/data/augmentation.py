@@ -124,7 +124,8 @@ def augment_batch(images: Tensor, augment: Augment, size: int, keys: Tensor) -> 
     contrast, and "resized_crop_flip" cuts out a rectangle, resizes it and mirrors it.
 
     Args:
-        images: (N, C, size, size), any dtype; for "resized_crop_flip" they may be larger.
+        images: (N, C, size, size), any dtype, but uint8 for "crop_flip_light"; for "resized_crop_flip" they may be
+            larger.
         augment: one of ``AUGMENTS``.
         size: height and width of the result, in pixels.
         keys: what the draws of each image follow from, int64 (N,) on the CPU.

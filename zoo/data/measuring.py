@@ -25,7 +25,7 @@ OWN = ("ImageFolder", "ImageTable")
 PLACES = ("root", "table")
 
 # Arguments of data modules that hold on one machine only, or for one use.
-MACHINE_ARGUMENTS = ("predict", "download", "num_workers", "memory_limit_mb")
+MACHINE_ARGUMENTS = ("predict", "corruption", "download", "num_workers", "memory_limit_mb")
 
 
 def measure(where: str | Path, data: ImageData) -> tuple[list[zoo.Metric], ClassCounts]:

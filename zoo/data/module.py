@@ -66,8 +66,7 @@ class ImageData(L.LightningDataModule, abc.ABC):
         val_fraction: share of the training images held out for validation.
         augment: of training images: "none", "crop" (random shift), "crop_flip" (and mirroring), "crop_flip_cutout"
             (and a black square), "crop_flip_light" (and other brightness and contrast) or "resized_crop_flip" (random
-            resized crop and mirroring); ``default_augment`` by
-            default.
+            resized crop and mirroring); ``default_augment`` by default.
         class_weights: factors of the training loss, one for each class; or "auto", by which each class counts as much
             as any other however many images it has (inverse frequency); none by default.
         predict: image file or folder for predict; the test images by default.

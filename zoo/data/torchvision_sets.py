@@ -22,8 +22,7 @@ class TorchvisionData(ImageData):
         val_fraction: share of the training images held out for validation, in (0, 0.5].
         augment: of training images: "none", "crop" (random shift), "crop_flip" (and mirroring), "crop_flip_cutout"
             (and a black square), "crop_flip_light" (and other brightness and contrast) or "resized_crop_flip" (random
-            resized crop and mirroring); "crop" for MNIST and
-            "crop_flip" for CIFAR by default.
+            resized crop and mirroring); "crop" for MNIST and "crop_flip" for CIFAR by default.
         download: whether to download the data set into ``root`` if it is not there.
         class_weights: factors of the training loss, one for each class; or "auto", by which each class counts as much
             as any other however many images it has; none by default.

@@ -6,9 +6,7 @@ from pathlib import Path
 
 import matplotlib
 import torch
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.image import AxesImage
 from torch import Tensor
 
 from zoo.explanations.explanation import Class, Explanation, explain
@@ -21,23 +19,28 @@ SHOWN_SHARE = 0.995
 
 @dataclasses.dataclass(frozen=True)
 class ExplainedImage:
-    """One network's two explanations of one image (C, H, W) in [0, 1]."""
+    """What a network makes of an image (C, H, W) in [0, 1]: the explanation of two classes, the likeliest first."""
 
     network: str
     title: str
     image: Tensor
-    best: Explanation
-    other: Explanation
+    explanation: Explanation
     class_names: Sequence[str]
+
+    def sums(self) -> list[tuple[str, float, float, float]]:
+        """Return for each class its name, its logit, and what the pixels and the bias contribute to it."""
+        explanation = self.explanation
+        names = [self.class_names[index] for index in explanation.target.tolist()]
+        pixels = explanation.contributions.sum((1, 2, 3)).tolist()
+        return list(zip(names, explanation.logit.tolist(), pixels, explanation.bias.tolist(), strict=True))
 
 
 def explain_image(name: str, title: str, model: ImageModel, image: Tensor, other: Class | None) -> ExplainedImage:
-    """Explain the likeliest class of an image (C, H, W), and beside it another one, by default the second likeliest."""
-    batch = image.unsqueeze(0)
-    best = explain(model, batch)
-    if other is None:
-        other = best.logits[0].topk(min(2, best.logits.shape[1])).indices[-1].item()
-    return ExplainedImage(name, title, image, best, explain(model, batch, other), model.class_names)
+    """Explain the likeliest class of an image (C, H, W), and another one, by default the second likeliest."""
+    guesses = [guess for guess, _ in model.classify(image, top=2)]
+    classes = [guesses[0], guesses[-1] if other is None else other]
+    explanation = explain(model, image.expand(2, -1, -1, -1), classes)
+    return ExplainedImage(name, title, image, explanation, model.class_names)
 
 
 @matplotlib.rc_context(STYLE)
@@ -48,27 +51,20 @@ def draw_explanations(rows: Sequence[ExplainedImage], path: Path) -> None:
     """
     figure = Figure(figsize=(9, 0.6 + 3.1 * len(rows)), layout="constrained")
     grid = figure.subplots(len(rows), 3, squeeze=False)
-    maps = [explanation.contributions.sum(1)[0] for row in rows for explanation in (row.best, row.other)]
-    values = torch.cat([values.abs().flatten() for values in maps]).float().cpu()
+    values = torch.cat([row.explanation.contributions.sum(1).abs().flatten() for row in rows]).float().cpu()
     scale = max(values.kthvalue(max(1, int(SHOWN_SHARE * len(values)))).values.item(), 1e-12)
     for axes_row, row in zip(grid, rows, strict=True):
         first, *others = axes_row
         first.imshow(row.image.permute(1, 2, 0).cpu().numpy(), cmap="gray", vmin=0, vmax=1)
         first.set_title(row.title, fontsize=9)
         first.set_ylabel(row.network, fontsize=9)
-        for axes, explanation in zip(others, (row.best, row.other), strict=True):
-            drawn = _draw_map(axes, explanation, row.class_names, scale)
+        maps = row.explanation.contributions.sum(1).float().cpu().numpy()
+        for axes, values, (name, logit, pixels, bias) in zip(others, maps, row.sums(), strict=True):
+            axes.set_title(f"{name}: {logit:.1f}\n= pixels {pixels:+.1f}, bias {bias:+.1f}", fontsize=9)
+            drawn = axes.imshow(values, cmap="RdBu_r", vmin=-scale, vmax=scale)
     for axes in grid.flat:
         axes.set_xticks([])
         axes.set_yticks([])
     bar = figure.colorbar(drawn, ax=grid, location="bottom", shrink=0.5, aspect=40)
     bar.set_label("contribution of a pixel to the logit: red speaks for the class, blue against it")
     write_figure(figure, path)
-
-
-def _draw_map(axes: Axes, explanation: Explanation, class_names: Sequence[str], scale: float) -> AxesImage:
-    values = explanation.contributions.sum(1)[0]
-    pixels, bias = values.sum().item(), explanation.bias[0].item()
-    name = class_names[explanation.target[0]]
-    axes.set_title(f"{name}: {explanation.logit[0]:.1f}\n= pixels {pixels:+.1f}, bias {bias:+.1f}", fontsize=9)
-    return axes.imshow(values.float().cpu().numpy(), cmap="RdBu_r", vmin=-scale, vmax=scale)

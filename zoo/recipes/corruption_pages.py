@@ -5,7 +5,7 @@ from pathlib import Path
 
 from zoo.models.names import is_plain
 from zoo.recipes.recipe import CHECKOUT
-from zoo.recipes.robustness_pages import FAMILIES
+from zoo.recipes.robustness_pages import FAMILIES, family_files
 from zoo.robustness.corruption_pictures import plot_light
 from zoo.robustness.corruption_report import light_table, overview, seeds_table, severities_table
 from zoo.robustness.corruption_result import CorruptionResult
@@ -17,12 +17,7 @@ NOT_MEASURED = "Not measured."
 
 def by_family(folder: Path = RESULTS) -> dict[str, list[CorruptionResult]]:
     """Return the results of the embedded checkpoints, by family, the plain twin's first."""
-    found: dict[str, list[CorruptionResult]] = {}
-    for family in FAMILIES:
-        paths = sorted(folder.glob(f"{family}_*.json"), key=lambda path: (not is_plain(path.stem), path.stem))
-        if paths:
-            found[family] = [CorruptionResult.read(path) for path in paths]
-    return found
+    return {family: [CorruptionResult.read(path) for path in paths] for family, paths in family_files(folder).items()}
 
 
 def by_network(folder: Path = RESULTS) -> dict[str, list[CorruptionResult]]:

@@ -145,12 +145,14 @@ def recipes(only: str = "*", folder: Path | None = None) -> list[Path]:
         folder: where the recipes are, by default ``configs/``.
 
     Raises:
-        ValueError: no recipe has such a name.
+        ValueError: no recipe has such a name, or there is none in the folder.
     """
     order = {f"{family}_{operator}": place for place, (family, operator) in enumerate(product(FAMILIES, OPERATORS))}
     existing = (folder or CONFIGS).glob("*_*.yaml")
     existing = sorted(existing, key=lambda path: (order.get(path.stem, len(order)), path.stem))
     chosen = [path for path in existing if fnmatch.fnmatch(path.stem, only)]
+    if not existing:
+        raise ValueError(f"{folder} has no recipes (*_*.yaml); check the path")
     if not chosen:
         raise ValueError(f"no recipe matches {only!r}; there are {', '.join(path.stem for path in existing)}")
     return chosen

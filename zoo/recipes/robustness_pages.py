@@ -16,11 +16,16 @@ FAMILIES = ("cifar10_resnet20", "digits_cnn6", "mnist_cnn6", "mnist_adversarial_
 
 def published_families(results: Path = RESULTS) -> dict[str, list[Result]]:
     """Return the published results of each family that has any, the plain twin's first."""
-    found: dict[str, list[Result]] = {}
+    return {family: [Result.read(path) for path in paths] for family, paths in family_files(results).items()}
+
+
+def family_files(folder: Path) -> dict[str, list[Path]]:
+    """Return the files of results in a folder by family, if there are any, the plain twin's first."""
+    found = {}
     for family in FAMILIES:
-        paths = sorted(results.glob(f"{family}_*.json"), key=lambda path: (not is_plain(path.stem), path.stem))
+        paths = sorted(folder.glob(f"{family}_*.json"), key=lambda path: (not is_plain(path.stem), path.stem))
         if paths:
-            found[family] = [Result.read(path) for path in paths]
+            found[family] = paths
     return found
 
 

@@ -40,7 +40,7 @@ def train_zoo(
         folder: where the recipes are, by default ``configs/``.
         minutes: no epoch is begun that would not end in that time; what is unfinished goes on in the next call.
         epochs: train so many, in place of each recipe's own number.
-        seed: begin with it, in place of each recipe's own; ``to`` is best a folder of its own then.
+        seed: begin with it, in place of each recipe's own; ``to`` is a folder of its own then.
         to: parent of the checkpoint folders.
 
     Raises:
@@ -54,7 +54,7 @@ def train_zoo(
         target = to / recipe.stem
         try:
             wanted = epochs or yaml.safe_load(recipe.read_text(encoding="utf-8"))["trainer"]["max_epochs"]
-            if (target / CONFIG).is_file() and read_config(target)["training"].get("epochs", 0) >= wanted:
+            if _is_trained(target, wanted, seed):
                 print(f"{recipe.stem}: has its checkpoint")
                 continue
             if deadline - time.monotonic() < LEAST_SECONDS:
@@ -76,6 +76,20 @@ def train_zoo(
             print(f"{recipe.stem}: failed ({type(error).__name__}): {error}", flush=True)
             all_well = False
     return all_well
+
+
+def _is_trained(folder: Path, epochs: int, seed: int | None) -> bool:
+    """Say whether there is a checkpoint of as many epochs.
+
+    Raises:
+        ValueError: there is one of another seed than the one that is asked for.
+    """
+    if not (folder / CONFIG).is_file():
+        return False
+    training = read_config(folder)["training"]
+    if seed is not None and training.get("seed") != seed:
+        raise ValueError(f"{folder} is of the seed {training.get('seed')}, not of {seed}; name another parent (--to)")
+    return training.get("epochs", 0) >= epochs
 
 
 def _train(

@@ -1,6 +1,6 @@
 """Measuring checkpoints on corrupted images."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,23 +8,26 @@ import torch
 from torch import Tensor
 
 import zoo
+from zoo.arithmetic import exact_arithmetic
 from zoo.checkpoints.config import read_config
-from zoo.corruptions.corruption import corrupted, corruption_keys, parse_corruption
-from zoo.corruptions.kinds import scaled_brightness, scaled_contrast
+from zoo.corruptions.corruption import corruption_keys
+from zoo.corruptions.ways import WAYS
+from zoo.corruptions.weather import require_photographs
 from zoo.data.measuring import check_data
 from zoo.data.module import ImageData
 from zoo.models.image_model import ImageModel
 from zoo.provenance import origin
-from zoo.robustness.corruption_result import CLEAN, CorruptionResult, keys
-from zoo.robustness.ledger import Ledger
+from zoo.robustness.corruption_result import CorruptionResult
+from zoo.robustness.ledger import Ledger, content_of
 from zoo.statistics import evenly_spaced
 
-SCALED: Mapping[str, Callable[[Tensor, float], Tensor]] = {"contrast": scaled_contrast, "brightness": scaled_brightness}
 BATCH = 250
+# Changes whenever what is measured does, so that numbers of before are measured again.
+PROTOCOL = 1
 
 
 def evaluate_corruptions(
-    names: list[str | Path],
+    names: Sequence[str | Path],
     data: ImageData,
     *,
     limit: int,
@@ -32,9 +35,9 @@ def evaluate_corruptions(
     work: Path,
     tell: Callable[[str, int, int], None] = lambda step, done, total: None,
 ) -> list[CorruptionResult]:
-    """Measure checkpoints of the same images on test images that are corrupted in every way; a killed run goes on.
+    """Measure checkpoints of the same images on test images that are changed in every way; a killed run goes on.
 
-    Each image is corrupted once, and all networks see it.
+    Each image is changed once, and all networks see it, in evaluation mode and float32.
 
     Args:
         names: checkpoints' names, folders or Hub repositories.
@@ -43,8 +46,10 @@ def evaluate_corruptions(
         tell: is given what is under way, how many steps are done, and how many there are.
 
     Raises:
-        ValueError: no such checkpoint, or images that are not the network's.
+        ValueError: no such checkpoint, images that are not the network's, or two checkpoints of one name.
+        ImportError: the photographs of frost are missing, see the extra ``corruptions``.
     """
+    require_photographs()
     places = evenly_spaced(limit, len(data.split("test")))
     images, labels = data.split("test").__getitems__(places)
     models, abouts, ledgers = [], [], []
@@ -52,57 +57,47 @@ def evaluate_corruptions(
         config = read_config(zoo.find(name))
         model = zoo.load(name, device=device)
         check_data(model.spec, data)
-        about = _about(config, data, len(labels), device)
+        about = _about(config, model, data, images, labels) | origin(torch.device(device))
+        if any(about["checkpoint"] == other["checkpoint"] for other in abouts):
+            raise ValueError(f"two checkpoints are called {about['checkpoint']}; measure each into a folder of its own")
         models.append(model)
         abouts.append(about)
-        identity = {field: about[field] for field in ("checkpoint", "sha256", "data", "images")}
+        identity = {field: about[field] for field in ("sha256", "content")} | {"device": device, "protocol": PROTOCOL}
         ledgers.append(Ledger(work, f"{about['checkpoint']}_corruptions", identity))
-    every = keys()
-    for done, key in enumerate(every):
-        tell(key, done, len(every))
-        pairs = zip(models, ledgers, strict=True)
-        missing = [(model, ledger) for model, ledger in pairs if (key, 0) not in ledger.rows]
-        if missing:
-            changed = changed_images(images, key, corruption_keys(torch.tensor(places)))
+    keys = corruption_keys(torch.tensor(places))
+    with exact_arithmetic(device):
+        for done, (key, way) in enumerate(WAYS.items()):
+            tell(key, done, len(WAYS))
+            pairs = zip(models, ledgers, strict=True)
+            missing = [(model, ledger) for model, ledger in pairs if (key, 0) not in ledger.rows]
+            changed = way(images, keys) if missing else None
             for model, ledger in missing:
                 ledger.add(key, 0, _right(model, changed, labels, device).float(), [])
     return [
-        CorruptionResult(about, {key: torch.tensor(ledger.rows[key, 0]["values"]).bool() for key in every})
+        CorruptionResult(about, {key: torch.tensor(ledger.rows[key, 0]["values"]).bool() for key in WAYS})
         for about, ledger in zip(abouts, ledgers, strict=True)
     ]
 
 
-def changed_images(images: Tensor, key: str, drawn: Tensor) -> Tensor:
-    """Return uint8 images as floats in [0, 1], changed in the way of a key of :func:`keys`.
-
-    Args:
-        drawn: what all that is drawn for an image follows from, int64 (N,).
-    """
-    if key == CLEAN:
-        return images.float() / 255
-    scale, _, factor = key.partition(" x ")
-    if factor:
-        return SCALED[scale](images.float() / 255, float(factor))
-    return corrupted(images, *parse_corruption(key), drawn).float() / 255
-
-
 def _right(model: ImageModel, images: Tensor, labels: Tensor, device: str) -> Tensor:
+    """Return which images (N, C, H, W) a network names right, bool (N,)."""
     with torch.inference_mode():
         answers = [model(batch.to(device)).argmax(1).cpu() for batch in images.split(BATCH)]
     return torch.cat(answers) == labels
 
 
-def _about(config: Mapping[str, Any], data: ImageData, images: int, device: str) -> dict[str, Any]:
+def _about(
+    config: Mapping[str, Any], model: ImageModel, data: ImageData, images: Tensor, labels: Tensor
+) -> dict[str, Any]:
     training = config["training"]
     return {
         "checkpoint": config["name"],
         "sha256": config["sha256"],
+        "operator": model.spec.operator_name,
         "data": data.title,
         "split": "test",
-        "images": images,
-        "input_size": data.input_size,
-        "grey": data.in_chans == 1,
+        "content": content_of(images, labels),
+        "images": len(labels),
         "epochs": training.get("epochs"),
         "seed": training.get("seed"),
-        **origin(torch.device(device)),
     }

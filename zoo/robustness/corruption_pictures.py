@@ -7,9 +7,10 @@ from pathlib import Path
 import matplotlib
 from matplotlib.figure import Figure
 
-from operators import MAGNITUDES
+from zoo.corruptions.ways import FACTORS, SCALES, scale_key
 from zoo.figures import STYLE, write_figure
-from zoo.robustness.corruption_result import FACTORS, SCALES, CorruptionResult, scale_key
+from zoo.robustness.corruption_result import CorruptionResult
+from zoo.robustness.pictures import colour_of
 
 
 @matplotlib.rc_context(STYLE)
@@ -20,7 +21,7 @@ def plot_light(networks: Mapping[str, Sequence[CorruptionResult]], path: Path) -
     for axes, scale in zip(figure.subplots(1, len(SCALES), sharey=True), SCALES, strict=True):
         for name, results in networks.items():
             values = [[result.accuracy(scale_key(scale, factor)) for result in results] for factor in factors]
-            style = {"color": _colour(name), "linestyle": "--" if "light" in name else "-"}
+            style = {"color": colour_of(name), "linestyle": _style(name)}
             axes.plot(factors, list(map(statistics.mean, values)), marker="o", markersize=3, label=name, **style)
             axes.fill_between(
                 factors, list(map(min, values)), list(map(max, values)), color=style["color"], alpha=0.15, linewidth=0
@@ -35,6 +36,6 @@ def plot_light(networks: Mapping[str, Sequence[CorruptionResult]], path: Path) -
     write_figure(figure, path)
 
 
-def _colour(name: str) -> str:
-    """Return black for a plain network, or the colour of its magnitude, alike in all pictures."""
-    return next((f"C{index}" for index, kind in enumerate(MAGNITUDES) if kind in name), "black")
+def _style(name: str) -> str:
+    """Return how the line of a network is drawn that was trained by another recipe than the published one."""
+    return "--" if "light" in name else ":" if "bias_free" in name else "-"

@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from zoo.corruptions.corruption import CORRUPTIONS, SEVERITIES
+from zoo.corruptions.ways import CLEAN, FACTORS, SCALES, scale_key, severity_key
 from zoo.markdown import markdown_table
-from zoo.robustness.corruption_result import CLEAN, COUNTED, FACTORS, SCALES, CorruptionResult, scale_key
+from zoo.robustness.corruption_result import COUNTED, CorruptionResult, twin_among
 
 # How strong bad light is where it is told in one number, and in some.
 TOLD_FACTOR = 0.25
@@ -30,13 +31,12 @@ def _table(result: CorruptionResult, twin: CorruptionResult | None) -> str:
     header = ["corruption", *map(str, SEVERITIES), "mean"] + ["twin", "difference (95 %)"] * bool(twin)
     rows = []
     for name, corruption in CORRUPTIONS.items():
-        cells = [f"{result.accuracy(f'{name}:{severity}'):.1f}" for severity in SEVERITIES]
+        cells = [f"{result.accuracy(severity_key(name, severity)):.1f}" for severity in SEVERITIES]
         rows.append([f"{name}{' (spare)' * corruption.spare}", *cells, *_compared(result, twin, [name])])
     blank = [""] * len(SEVERITIES)
     rows.append(["mean of the fifteen", *blank, *_compared(result, twin, COUNTED)])
-    rows.append(
-        ["clean", *blank, *(f"{each.accuracy(CLEAN):.1f}" for each in (result, twin) if each), ""][: len(header)]
-    )
+    clean = [f"{each.accuracy(CLEAN):.1f}" for each in (result, twin) if each]
+    rows.append(["clean", *blank, *clean, *[""] * bool(twin)])
     table = markdown_table(header, rows)
     if twin:
         table += f"\n\nMean corruption error relative to the twin: {_ratio(result.corruption_error(twin))} %."
@@ -81,14 +81,13 @@ def light_table(networks: Mapping[str, Sequence[CorruptionResult]]) -> str:
 
 
 def overview(results: Sequence[CorruptionResult]) -> str:
-    """Return one line for each checkpoint of a family, the plain twin's first: clean, corrupted, and in bad light."""
-    twin = results[0]
+    """Return one line for each checkpoint of a family: clean, corrupted, and in bad light."""
     header = ("checkpoint", "images", "clean", "mean of 15 corruptions", "difference to the twin (95 %)")
     header += ("mean corruption error", *(f"{scale} × {TOLD_FACTOR}" for scale in SCALES))
     rows = []
     for result in results:
-        compared = ["–", "100.0"]
-        if result is not twin:
+        compared = ["–", "–"]
+        if twin := twin_among(result, results):
             compared = [signed(*result.difference(twin)), _ratio(result.corruption_error(twin))]
         cells = [result.about["checkpoint"], f"{result.about['images']:,}", f"{result.accuracy(CLEAN):.1f}"]
         light = [f"{result.accuracy(scale_key(scale, TOLD_FACTOR)):.1f}" for scale in SCALES]
@@ -121,7 +120,7 @@ def seeds_table(networks: Mapping[str, Sequence[CorruptionResult]]) -> str:
 def severities_table(networks: Mapping[str, Sequence[CorruptionResult]]) -> str:
     """Return the accuracy of each network for each corruption and severity, the mean of the seeds."""
     rows = [
-        [name, str(severity), *(f"{_mean(results, f'{name}:{severity}'):.1f}" for results in networks.values())]
+        [name, str(severity), *(f"{_mean(results, severity_key(name, severity)):.1f}" for results in networks.values())]
         for name in CORRUPTIONS
         for severity in SEVERITIES
     ]

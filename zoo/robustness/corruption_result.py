@@ -12,13 +12,11 @@ import torch
 from torch import Tensor
 
 from zoo.corruptions.corruption import CORRUPTIONS, SEVERITIES
+from zoo.corruptions.ways import severity_key
 from zoo.files import write_whole
+from zoo.models.names import twin_of
 from zoo.statistics import paired_difference
 
-CLEAN = "clean"
-# By what contrast and brightness are multiplied; at 1 an image is as it was.
-FACTORS = (0.75, 0.5, 0.35, 0.25, 0.15, 0.1, 0.05)
-SCALES = ("contrast", "brightness")
 # The fifteen that the mean is of.
 COUNTED = tuple(name for name, corruption in CORRUPTIONS.items() if not corruption.spare)
 
@@ -28,7 +26,8 @@ class CorruptionResult:
     """Which images a network names right, corrupted in each way.
 
     Attributes:
-        about: checkpoint, sha256, data set, split, number of images, and what it was measured with.
+        about: checkpoint, sha256, operator, data set, split, number and hash of the images, and what it was measured
+            with.
         right: bool (N,) by the key of each way: ``clean``, ``fog:3``, ``contrast x 0.5``.
     """
 
@@ -41,7 +40,7 @@ class CorruptionResult:
 
     def shares(self, name: str) -> Tensor:
         """Return for each image at how many of the five severities of a corruption it is named right, as a share."""
-        return torch.stack([self.right[f"{name}:{severity}"] for severity in SEVERITIES]).double().mean(0)
+        return torch.stack([self.right[severity_key(name, severity)] for severity in SEVERITIES]).double().mean(0)
 
     def mean_accuracy(self, names: Sequence[str] = COUNTED) -> float:
         """Return the mean accuracy over corruptions and severities, in percent."""
@@ -65,8 +64,8 @@ class CorruptionResult:
         return 100 * mean, 100 * low, 100 * high
 
     def is_of_the_same_images(self, other: "CorruptionResult") -> bool:
-        """Say whether both were measured on the same images, corrupted alike."""
-        return all(self.about[name] == other.about[name] for name in ("data", "split", "images", "input_size", "grey"))
+        """Say whether both were measured on the same images."""
+        return self.about["content"] == other.about["content"]
 
     def write(self, path: Path) -> None:
         packed = {
@@ -94,15 +93,11 @@ class CorruptionResult:
             raise ValueError(f"{path} holds no result on corrupted images ({error}); remove it") from error
 
 
-def keys() -> list[str]:
-    """Return the keys of all ways in which images are corrupted."""
-    published = [f"{name}:{severity}" for name in CORRUPTIONS for severity in SEVERITIES]
-    return [CLEAN, *published, *(scale_key(scale, factor) for scale in SCALES for factor in FACTORS)]
-
-
-def scale_key(scale: str, factor: float) -> str:
-    """Return the key of images whose contrast or brightness is multiplied by a factor."""
-    return CLEAN if factor == 1 else f"{scale} x {factor}"
+def twin_among(result: CorruptionResult, results: Sequence[CorruptionResult]) -> CorruptionResult | None:
+    """Return the result of the plain twin of a checkpoint, if it is among these, is of the same images, and another."""
+    name = twin_of(result.about["checkpoint"], result.about["operator"])
+    twins = [other for other in results if other.about["checkpoint"] == name and other is not result]
+    return next((twin for twin in twins if twin.is_of_the_same_images(result)), None)
 
 
 def _unpacked(text: str, count: int) -> Tensor:

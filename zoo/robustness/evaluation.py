@@ -1,6 +1,5 @@
 """How robust a checkpoint is: each image under each attack, whatever was measured before being kept."""
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from zoo.models.image_model import ImageModel
 from zoo.models.names import family_of, is_plain
 from zoo.models.spec import ModelSpec
 from zoo.provenance import origin
-from zoo.robustness.ledger import Ledger
+from zoo.robustness.ledger import Ledger, content_of
 from zoo.robustness.probes import EFFORTS, PROBES, ModelUnderAttack
 from zoo.robustness.protocol import BATCH, EPS, PROTOCOL, SEED, Step, protocol
 from zoo.robustness.result import Result
@@ -66,7 +65,7 @@ def evaluate(
     for each in (model, *companions.values()):
         check_data(each.spec, data)
     images, labels = data.evenly_spaced("test", limit or len(data.split("test")))
-    content = hashlib.sha256(images.numpy().tobytes() + labels.numpy().tobytes()).hexdigest()
+    content = content_of(images, labels)
     ledger = _ledger(work, config, content, others, str(device))
     plan = _Plan(ledger, len(labels), effort_limit)
     tasks = [batch for step in steps for batch in plan.batches(step)]

@@ -12,6 +12,11 @@ from zoo.files import write_whole
 from zoo.robustness.result import packed_number
 
 
+def content_of(images: Tensor, labels: Tensor) -> str:
+    """Return a hash of images and their labels."""
+    return hashlib.sha256(images.numpy().tobytes() + labels.numpy().tobytes()).hexdigest()
+
+
 class Ledger:
     """A file to which the numbers of each batch are added as they come, so that a killed run loses one batch at most.
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from operators import MAGNITUDES
 from zoo.figures import STYLE, WRONG, write_figure
 from zoo.models.image_model import ImageModel
-from zoo.models.names import is_plain
+from zoo.models.spec import PLAIN
 from zoo.robustness.attacks import is_right, pgd
 from zoo.robustness.probes import STEPS, step_size
 from zoo.robustness.protocol import compared_eps
@@ -78,7 +78,7 @@ def plot_curves(
     for place, name in enumerate(curves):
         for shares, style in ((curves[name], {"label": name, "marker": "o"}), (fgsm[name], {"linestyle": "--"})):
             levels, accuracies = [255 * at for at in shares], [100 * share for share in shares.values()]
-            axes.plot(levels, accuracies, color=_colour(name, place), markersize=4, zorder=3 - place / 100, **style)
+            axes.plot(levels, accuracies, color=colour_of(name, place), markersize=4, zorder=3 - place / 100, **style)
     axes.plot([], [], color="grey", marker="o", markersize=4, label="PGD-50, one start, two losses")
     axes.plot([], [], color="grey", linestyle="--", label="FGSM")
     axes.axvline(255 * eps, color="grey", linewidth=0.8, linestyle=":", label="ε of the headline")
@@ -133,8 +133,10 @@ def plot_attacked(
     write_figure(figure, path)
 
 
-def _colour(name: str, place: int) -> str:
-    """Return a checkpoint's colour: black for a plain one, that of its magnitude, alike in all pictures, or any."""
-    if is_plain(name):
+def colour_of(name: str, place: int = 0) -> str:
+    """Return a network's colour: black for a plain one, that of its magnitude, alike in all pictures, or any."""
+    words = name.split("_")
+    if PLAIN in words:
         return "black"
-    return next((f"C{index}" for index, kind in enumerate(MAGNITUDES) if f"_{kind}_" in name), f"C{place}")
+    kinds = [index for word in words for index, kind in enumerate(MAGNITUDES) if kind == word]
+    return f"C{kinds[0] if kinds else place}"

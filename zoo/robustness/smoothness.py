@@ -4,8 +4,9 @@ import dataclasses
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from operators.observation import convolution_inputs
 from zoo.models.image_model import ImageModel
 
 POWER_ITERATIONS = 10
@@ -65,21 +66,9 @@ def spectral_norms(function: Callable[[Tensor], Tensor], inputs: Tensor, generat
 def by_layer(model: ImageModel, images: Tensor) -> dict[str, Smoothness]:
     """Return the smoothness of the logits ("network") and of each convolution on the inputs that it gets."""
     model = model.eval()
-    inputs: dict[str, Tensor] = {}
-    layers = {name: module for name, module in model.network.named_modules() if isinstance(module, nn.Conv2d)}
-
-    def keep(name: str) -> Callable[..., None]:
-        return lambda _, arguments: inputs.update({name: arguments[0].detach()})
-
-    hooks = [module.register_forward_pre_hook(keep(name)) for name, module in layers.items()]
-    try:
-        with torch.no_grad():
-            model(images)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    inputs = convolution_inputs(model.network, lambda: model(images))
     found = {"network": smoothness(model, images)}
-    return found | {name: smoothness(module, inputs[name]) for name, module in layers.items()}
+    return found | {name: smoothness(module, input) for name, (module, input) in inputs.items()}
 
 
 def _norm(values: Tensor) -> Tensor:
