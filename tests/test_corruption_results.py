@@ -16,7 +16,7 @@ from zoo.data.measuring import portable_description
 from zoo.recipes.corruption_pages import by_family, by_network, short_names
 from zoo.robustness.corruption_evaluation import evaluate_corruptions
 from zoo.robustness.corruption_pictures import plot_light
-from zoo.robustness.corruption_report import overview, seeds_table, severities_table
+from zoo.robustness.corruption_report import overview, pairs_table, seeds_table, severities_table
 from zoo.robustness.corruption_result import COUNTED, CorruptionResult, twin_among
 from zoo.statistics import paired_difference
 
@@ -142,6 +142,23 @@ def test_tables_of_seeds_have_mean_and_deviation():
     table = seeds_table({"conv": seeds, "alone": seeds[:1]})
     assert "| clean | 50.0 ± 25.0 | 25.0 |" in table and "| contrast x 0.05 | 50.0 ± 25.0 | 25.0 |" in table
     assert "| fog | 3 | 50.0 |" in severities_table({"conv": seeds})
+
+
+def test_pairs_are_of_one_seed():
+    def of_seed(name, seed, right):
+        made = made_up(lambda key: right, name=name)
+        return CorruptionResult({**made.about, "seed": seed}, made.right)
+
+    none, all_right = torch.zeros(4).bool(), torch.ones(4).bool()
+    half = torch.tensor([True, True, False, False])
+    networks = {
+        "conv": [of_seed(NAMES[0], 0, none), of_seed(NAMES[0], 1, half)],
+        "sphere": [of_seed(NAMES[1], 0, all_right), of_seed(NAMES[1], 1, half)],
+    }
+    # 100 points for the first seed, and none for the second.
+    table = pairs_table(networks)
+    assert "| fog | +50.0 ± 70.7 (1 of 2) |" in table and "| mean of the fifteen | +50.0 ± 70.7 (1 of 2) |" in table
+    assert "|  | sphere |" in table
 
 
 def test_bad_light_is_drawn(tmp_path):

@@ -7,7 +7,7 @@ from zoo.models.names import is_plain
 from zoo.recipes.recipe import CHECKOUT
 from zoo.recipes.robustness_pages import FAMILIES, family_files
 from zoo.robustness.corruption_pictures import plot_light
-from zoo.robustness.corruption_report import light_table, overview, seeds_table, severities_table
+from zoo.robustness.corruption_report import light_table, overview, pairs_table, seeds_table, severities_table
 from zoo.robustness.corruption_result import CorruptionResult
 
 RESULTS = CHECKOUT / "results" / "corruptions"
@@ -39,6 +39,7 @@ def corruption_blocks() -> dict[str, str]:
         texts = [overview(results), seeds_table(named)] if results else [NOT_MEASURED]
         blocks[f"corruptions_{family}"] = "\n\n".join(texts)
     blocks["corruption_seeds"] = seeds_table(networks) if networks else NOT_MEASURED
+    blocks["corruption_pairs"] = pairs_table(networks) if networks else NOT_MEASURED
     blocks["corruption_severities"] = severities_table(networks) if networks else NOT_MEASURED
     blocks["bad_light"] = light_table(in_bad_light())
     return blocks

@@ -117,6 +117,34 @@ def seeds_table(networks: Mapping[str, Sequence[CorruptionResult]]) -> str:
     return markdown_table(["", *networks], rows)
 
 
+def pairs_table(networks: Mapping[str, Sequence[CorruptionResult]]) -> str:
+    """Return by how many points networks are righter than the twin of their seed, for each corruption.
+
+    A cell has the mean ± standard deviation of the seeds, and for how many of them the 95 % interval of the difference,
+    image by image, does not hold 0.
+    """
+    every = [result for results in networks.values() for result in results]
+    pairs = {
+        name: [(result, twin) for result in results if (twin := twin_among(result, _of_seed(every, result)))]
+        for name, results in networks.items()
+    }
+    pairs = {name: found for name, found in pairs.items() if found}
+    ways = {**{name: [name] for name in CORRUPTIONS}, "mean of the fifteen": COUNTED}
+    rows = []
+    for way, names in ways.items():
+        cells = []
+        for found in pairs.values():
+            differences = [result.difference(twin, names) for result, twin in found]
+            resolved = sum(low > 0 or high < 0 for _, low, high in differences)
+            cells.append(f"{spread([mean for mean, *_ in differences], '+.1f')} ({resolved} of {len(found)})")
+        rows.append([way, *cells])
+    return markdown_table(["", *pairs], rows)
+
+
+def _of_seed(results: Sequence[CorruptionResult], one: CorruptionResult) -> list[CorruptionResult]:
+    return [result for result in results if result.about["seed"] == one.about["seed"]]
+
+
 def severities_table(networks: Mapping[str, Sequence[CorruptionResult]]) -> str:
     """Return the accuracy of each network for each corruption and severity, the mean of the seeds."""
     rows = [
@@ -127,10 +155,10 @@ def severities_table(networks: Mapping[str, Sequence[CorruptionResult]]) -> str:
     return markdown_table(["corruption", "severity", *networks], rows)
 
 
-def spread(values: Sequence[float]) -> str:
+def spread(values: Sequence[float], style: str = ".1f") -> str:
     """Return the mean of values of several seeds, and their standard deviation."""
     deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.1f}{deviation}"
+    return f"{statistics.mean(values):{style}}{deviation}"
 
 
 def card_record(result: CorruptionResult, twin: CorruptionResult | None) -> dict[str, Any]:
