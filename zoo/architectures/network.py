@@ -1,7 +1,5 @@
 """What every plain network of the zoo shares: features, then one linear classifier, by timm's names."""
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 
@@ -69,7 +67,7 @@ def convolution(in_channels: int, out_channels: int, stride: int = 1, *, bias: b
 class UncentredBatchNorm2d(nn.Module):
     """Batch normalisation that neither subtracts the mean nor adds a bias: ``γ x / sqrt(E[x²] + eps)``.
 
-    ``E[x²]`` of each channel is the batch's in training, and its moving average, kept in at least float32, in
+    ``E[x²]`` of each channel is the batch's in training, computed in at least float32, and its moving average in
     evaluation. Without biases, a network of such layers is ``W(x) · x`` for every image ``x``. What is made for torch's
     BatchNorm, such as its calibration, its folding or synchronised statistics, leaves this layer as it is.
 
@@ -101,9 +99,3 @@ class UncentredBatchNorm2d(nn.Module):
             self.mean_square.lerp_(mean_square.detach().to(self.mean_square.dtype), self.momentum)
         scale = self.weight * (mean_square + self.eps).rsqrt()
         return x * scale.to(x.dtype).view(-1, 1, 1)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "UncentredBatchNorm2d":
-        super()._apply(fn, recurse)
-        # Half precision would round away the steps of a moving average.
-        self.mean_square = self.mean_square.to(torch.promote_types(self.mean_square.dtype, torch.float32))
-        return self
