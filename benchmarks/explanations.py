@@ -1,10 +1,10 @@
-"""How faithful explanations are: python -m benchmarks.explanations [NAME ...]
+"""How faithful explanations are: python -m benchmarks.explanations [NAME ...] [--weights FILE --photographs FOLDER]
 
 The grid pointing game: images of different classes that a network names right most confidently are put together to a
 grid, and of each explanation of one of these classes the share is taken that lies in its cell. Deletion and insertion:
 the pixels that an explanation calls most important are replaced by the mean colour, or put back first. How large β(x)
-is beside the logit. Writes results/explanations.json, where what it has of these checkpoints is kept, and the tables in
-docs/good_for.md.
+is beside the logit. With weights and photographs of ImageNet also a network of timm, plain and converted. Writes
+results/explanations.json, where what it has of these checkpoints is kept, and the tables in docs/good_for.md.
 
 Source: Böhle et al., Convolutional Dynamic Alignment Networks for Interpretable Classifications, CVPR 2021 (the grid
 pointing game); Petsiuk et al., RISE, BMVC 2018 (deletion and insertion).
@@ -24,22 +24,21 @@ from torch import Tensor
 
 import zoo
 from benchmarks import measure
+from benchmarks.explained_networks import GRIDS, Explained, of_checkpoint, of_photographs
 from benchmarks.explainers import EXPLAINERS
+from benchmarks.imagenet import ARCHITECTURE
 from benchmarks.report import DOCS
-from zoo.checkpoints.config import read_config
-from zoo.data.measuring import data_for
 from zoo.files import write_whole
 from zoo.markdown import filled, markdown_table
 from zoo.models.image_model import ImageModel
+from zoo.statistics import evenly_spaced
 
 OUTPUT = measure.RESULTS / "explanations.json"
 NAMES = ("cifar10_resnet20_conv", "cifar10_resnet20_tanh_cosine", "cifar10_resnet20_sphere_cosine")
-# Grids of so many cells a side, and how many of them.
-GRIDS = {2: 150, 3: 60}
 BATCH = 25
 # Maps are smoothed by a window of so many parts of an image's side.
 SMOOTHING = 6
-CURVE_IMAGES, CURVE_STEPS = 200, 16
+CURVE_STEPS = 16
 COST_ROUNDS = 15
 BOOTSTRAPS = 2000
 BIAS = ("mean logit", "mean bias", "median of |bias| / |logit|")
@@ -125,32 +124,29 @@ def summary(values: Tensor) -> dict[str, float | int]:
     return {"mean": round(float(values.mean()), 4), "low": round(low, 4), "high": round(high, 4), "n": len(values)}
 
 
-def measured(name: str, root: str | None, grids: dict[int, int], explainers: Sequence[str]) -> dict[str, Any]:
-    """Return what is measured of a checkpoint."""
-    model = zoo.load(name)
-    config, data = read_config(zoo.find(name)), data_for(name, None, root)
-    pairs = list(data.evaluation_batches("test"))
-    images, labels = (torch.cat([pair[place] for pair in pairs]) for place in (0, 1))
+def measured(explained: Explained, explainers: Sequence[str]) -> dict[str, Any]:
+    """Return what is measured of a network."""
+    model, images, labels = explained.load()
     places = confident(model, images, labels)
-    record: dict[str, Any] = {"checkpoint": name, "sha256": config["sha256"], "data": data.title}
+    record: dict[str, Any] = {"checkpoint": explained.name, "sha256": explained.sha256, "data": explained.title}
     size = images.shape[-1]
-    for side, count in grids.items():
+    for side, count in explained.grids.items():
         together, target, cells = make_grids(images, places, side, count)
         record[f"pointing {side}×{side}"] = {}
         for explainer in explainers:
             maps = in_batches(EXPLAINERS[explainer], model, together, target)
             record[f"pointing {side}×{side}"][explainer] = found = summary(pointing(maps, cells, side, size))
-            print(f"{name}, {side}×{side}, {explainer}: {found['mean']:.3f}", flush=True)
+            print(f"{explained.name}, {side}×{side}, {explainer}: {found['mean']:.3f}", flush=True)
     # The same evenly spaced images for all networks.
-    some, _ = data.evenly_spaced("test", CURVE_IMAGES)
+    some = images[evenly_spaced(explained.curve_images, len(images))]
     with torch.no_grad():
         target = model(some).argmax(1)
     for explainer in explainers:
         found = curves(model, some, target, in_batches(EXPLAINERS[explainer], model, some, target))
         record[explainer] = {kind: summary(values) for kind, values in found.items()}
-    explanation = zoo.explain(model, some)
-    share = explanation.bias.abs() / explanation.logit.abs()
-    numbers = explanation.logit.mean(), explanation.bias.mean(), share.median()
+    parts = [zoo.explain(model, batch) for batch in some.split(BATCH)]
+    logit, bias = (torch.cat([getattr(part, what) for part in parts]) for what in ("logit", "bias"))
+    numbers = logit.mean(), bias.mean(), (bias.abs() / logit.abs()).median()
     record["bias"] = {what: round(value.item(), 3) for what, value in zip(BIAS, numbers, strict=True)}
     record["bias"]["n"] = len(some)
     record["cost"] = cost(model, some[:BATCH])
@@ -168,23 +164,22 @@ def cost(model: ImageModel, images: Tensor) -> dict[str, Any]:
     return {"forward passes": round(found["ratio"], 2), "largest error": error, "batch": len(images)}
 
 
-def tables(record: Mapping[str, Any]) -> dict[str, str]:
+def tables(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     """Return the generated parts of the page by name."""
     header = ("network", *EXPLAINERS)
     games = {
         f"pointing_{side}": [
-            [row["checkpoint"], *(_told(row[f"pointing {side}×{side}"][name]) for name in EXPLAINERS)]
-            for row in record["rows"]
+            [row["checkpoint"], *(_told(row[game][name]) for name in EXPLAINERS)] for row in rows if game in row
         ]
-        for side in map(int, record["grids"])
+        for side, game in ((side, f"pointing {side}×{side}") for side in GRIDS)
     }
     games |= {
-        kind: [[row["checkpoint"], *(_told(row[name][kind]) for name in EXPLAINERS)] for row in record["rows"]]
+        kind: [[row["checkpoint"], *(_told(row[name][kind]) for name in EXPLAINERS)] for row in rows]
         for kind in ("deletion", "insertion")
     }
-    found = {f"explanations_{name}": markdown_table(header, rows) for name, rows in games.items()}
+    found = {f"explanations_{name}": markdown_table(header, told) for name, told in games.items()}
     biases = []
-    for row in record["rows"]:
+    for row in rows:
         numbers, effort = row["bias"], row["cost"]
         told = [f"{numbers[what]:.1f}" for what in BIAS]
         biases.append([row["checkpoint"], *told, f"{effort['largest error']:.0e}", f"{effort['forward passes']:.1f}"])
@@ -202,23 +197,26 @@ def main() -> None:
         "names", nargs="*", default=NAMES, metavar="NAME", help="checkpoints (default: those of CIFAR-10)"
     )
     parser.add_argument("--root", help="the folder of the images (default: as recorded)")
+    parser.add_argument("--weights", type=Path, help=f"a file with the weights of {ARCHITECTURE}, trained on ImageNet")
+    parser.add_argument("--photographs", type=Path, help="a folder as python -m benchmarks.imagenet takes it")
     parser.add_argument("--output", type=Path, default=OUTPUT, help="the file of results (default: %(default)s)")
-    parser.add_argument("--grids", type=int, help="how many of each size (default: 150 of 2×2, 60 of 3×3)")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads (default: %(default)s)")
     parsed = parser.parse_args()
+    if (parsed.weights is None) != (parsed.photographs is None):
+        parser.error("--weights and --photographs go together: the network, and what it is measured on")
     torch.set_num_threads(parsed.threads)
-    grids = {side: parsed.grids or count for side, count in GRIDS.items()}
-    settings = {"grids": {str(side): count for side, count in grids.items()}}
-    rows = measure.earlier(parsed.output, settings).get("rows", [])
-    for name in parsed.names:
-        sha256 = read_config(zoo.find(name))["sha256"]
-        if not any(row["checkpoint"] == name and row["sha256"] == sha256 for row in rows):
-            rows = [row for row in rows if row["checkpoint"] != name]
-            rows.append(measured(name, parsed.root, grids, list(EXPLAINERS)))
-            measure.write({**settings, **measure.describe("cpu", parsed.threads), "rows": rows}, parsed.output)
+    networks = [of_checkpoint(name, parsed.root) for name in parsed.names]
+    if parsed.weights is not None:
+        networks += of_photographs(parsed.weights, parsed.photographs)
+    rows = measure.earlier(parsed.output, {}).get("rows", [])
+    for explained in networks:
+        if not any((row["checkpoint"], row["sha256"]) == (explained.name, explained.sha256) for row in rows):
+            rows = [row for row in rows if row["checkpoint"] != explained.name]
+            rows.append(measured(explained, list(EXPLAINERS)))
+            measure.write({**measure.describe("cpu", parsed.threads), "rows": rows}, parsed.output)
     if parsed.output == OUTPUT:
         page = PAGE.read_text(encoding="utf-8")
-        write_whole(PAGE, filled(page, tables({**settings, "rows": rows}), others=r"\w+"))
+        write_whole(PAGE, filled(page, tables(rows), others=r"\w+"))
 
 
 if __name__ == "__main__":
