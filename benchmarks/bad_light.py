@@ -5,7 +5,7 @@ of test images is multiplied by 0.25. Writes results/bad_light.json and docs/bad
 """
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ BINS = 60
 DRAWN = "conv1"
 
 
-def layers_of(model: ImageModel, images: Tensor) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+def seen_by_layers(model: ImageModel, images: Tensor) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
     """Return for each convolution the norms of its patches, the cosines to its filters, and its answers."""
     found = {}
     for name, (layer, inputs) in convolution_inputs(model.network, lambda: model(images)).items():
@@ -51,14 +51,13 @@ def layers_of(model: ImageModel, images: Tensor) -> dict[str, tuple[Tensor, Tens
 def measured(name: str, images: Tensor) -> dict[str, Any]:
     """Return how each convolution of a checkpoint sees images of low contrast, beside the images as they are."""
     model = zoo.load(name)
-    clear, pale = layers_of(model, images), layers_of(model, scaled_contrast(images, CONTRAST))
+    clear, pale = (seen_by_layers(model, some) for some in (images, scaled_contrast(images, CONTRAST)))
     layers = {}
-    for layer, (n, cosines, answers) in clear.items():
-        pale_n, pale_cosines, pale_answers = pale[layer]
+    for layer, (n, _, answers) in clear.items():
+        pale_n, _, pale_answers = pale[layer]
         change = (pale_answers - answers).flatten(1).norm(dim=1) / answers.flatten(1).norm(dim=1)
         layers[layer] = {
             "norm": round((pale_n / n).median().item(), 4),
-            "cosine": round((pale_cosines - cosines).abs().mean().item(), 4),
             "answer": round(change.mean().item(), 4),
         }
     pairs = {"clear": clear[DRAWN][1], "pale": pale[DRAWN][1]}
@@ -76,32 +75,35 @@ def draw(record: Mapping[str, Mapping[str, Any]], path: Path) -> None:
     """Write a PNG: what becomes of norms and answers, layer by layer, and of the angles in the first layer."""
     figure = Figure(figsize=(11, 3.6), layout="constrained")
     panels = figure.subplots(1, 3)
-    titles = {"norm": "patch norm at contrast × 0.25, ÷ before", "answer": "change of the layer's answer, relative"}
-    for axes, (kind, title) in zip(panels, titles.items(), strict=False):
+    titles = {
+        "norm": f"patch norm at contrast × {CONTRAST}, ÷ before",
+        "answer": "change of the layer's answer, relative",
+    }
+    for axes, (kind, title) in zip(panels[:2], titles.items(), strict=True):
         for name, found in record.items():
             values = [layer[kind] for layer in found["layers"].values()]
             axes.plot(range(1, len(values) + 1), values, marker="o", markersize=3, label=name, color=colour_of(name))
-        axes.set(title=title, xlabel="convolution, from the image on", ylim=(0, None))
-        axes.title.set_fontsize(10)
+        axes.set(xlabel="convolution, from the image on", ylim=(0, None))
+        axes.set_title(title, fontsize=10)
     panels[0].axhline(1, color="grey", linewidth=0.6)
     centres = [-1 + (2 * place + 1) / BINS for place in range(BINS)]
     for name, found in record.items():
         for kind, style in (("clear", "-"), ("pale", ":")):
             panels[2].plot(centres, found["cosines"][kind], linestyle=style, color=colour_of(name), linewidth=1.2)
     panels[2].plot([], [], "k-", label="as it is")
-    panels[2].plot([], [], "k:", label="contrast × 0.25")
-    panels[2].set(title=f"cosines of {DRAWN}, share", xlabel="cos θ")
-    panels[2].title.set_fontsize(10)
+    panels[2].plot([], [], "k:", label=f"contrast × {CONTRAST}")
+    panels[2].set_xlabel("cos θ")
+    panels[2].set_title(f"cosines of {DRAWN}, share", fontsize=10)
     panels[2].legend(frameon=False, fontsize=8, loc="upper left")
     panels[0].legend(frameon=False, fontsize=8)
     write_figure(figure, path)
 
 
-def main(names: Sequence[str] | None = None) -> None:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", default=NAMES, metavar="NAME", help="checkpoints of the same images")
     parser.add_argument("--root", help="the folder of the images (default: as recorded)")
-    parsed = parser.parse_args(names)
+    parsed = parser.parse_args()
     images, _ = data_for(parsed.names[0], None, parsed.root).evenly_spaced("test", IMAGES)
     record = {name: measured(name, images) for name in parsed.names}
     measure.write(record, OUTPUT)

@@ -124,7 +124,7 @@ def summary(values: Tensor) -> dict[str, float | int]:
     return {"mean": round(float(values.mean()), 4), "low": round(low, 4), "high": round(high, 4), "n": len(values)}
 
 
-def measured(explained: Explained, explainers: Sequence[str]) -> dict[str, Any]:
+def measured(explained: Explained) -> dict[str, Any]:
     """Return what is measured of a network."""
     model, images, labels = explained.load()
     places = confident(model, images, labels)
@@ -132,18 +132,17 @@ def measured(explained: Explained, explainers: Sequence[str]) -> dict[str, Any]:
     size = images.shape[-1]
     for side, count in explained.grids.items():
         together, target, cells = make_grids(images, places, side, count)
-        record[f"pointing {side}×{side}"] = {}
-        for explainer in explainers:
-            maps = in_batches(EXPLAINERS[explainer], model, together, target)
-            record[f"pointing {side}×{side}"][explainer] = found = summary(pointing(maps, cells, side, size))
-            print(f"{explained.name}, {side}×{side}, {explainer}: {found['mean']:.3f}", flush=True)
+        game = record[f"pointing {side}×{side}"] = {}
+        for name, explainer in EXPLAINERS.items():
+            game[name] = summary(pointing(in_batches(explainer, model, together, target), cells, side, size))
+            print(f"{explained.name}, {side}×{side}, {name}: {game[name]['mean']:.3f}", flush=True)
     # The same evenly spaced images for all networks.
     some = images[evenly_spaced(explained.curve_images, len(images))]
     with torch.no_grad():
         target = model(some).argmax(1)
-    for explainer in explainers:
-        found = curves(model, some, target, in_batches(EXPLAINERS[explainer], model, some, target))
-        record[explainer] = {kind: summary(values) for kind, values in found.items()}
+    for name, explainer in EXPLAINERS.items():
+        found = curves(model, some, target, in_batches(explainer, model, some, target))
+        record[name] = {kind: summary(values) for kind, values in found.items()}
     parts = [zoo.explain(model, batch) for batch in some.split(BATCH)]
     logit, bias = (torch.cat([getattr(part, what) for part in parts]) for what in ("logit", "bias"))
     numbers = logit.mean(), bias.mean(), (bias.abs() / logit.abs()).median()
@@ -212,7 +211,7 @@ def main() -> None:
     for explained in networks:
         if not any((row["checkpoint"], row["sha256"]) == (explained.name, explained.sha256) for row in rows):
             rows = [row for row in rows if row["checkpoint"] != explained.name]
-            rows.append(measured(explained, list(EXPLAINERS)))
+            rows.append(measured(explained))
             measure.write({**measure.describe("cpu", parsed.threads), "rows": rows}, parsed.output)
     if parsed.output == OUTPUT:
         page = PAGE.read_text(encoding="utf-8")

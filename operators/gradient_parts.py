@@ -40,9 +40,10 @@ def gradient_parts(layer: DecoupledConv2d, patches: Tensor) -> tuple[Tensor, Ten
         g = layer.angular(cosines)
         h_slope, g_slope = torch.autograd.grad([h.sum(), g.sum()], [norms, cosines])
     direction = (x / n[:, None])[:, None]
-    by_patch = {"h": h, "g": g, "h'": h_slope, "g'": g_slope, "c": cosines}
-    values = {name: value.detach().squeeze(2).T.unsqueeze(2) for name, value in by_patch.items()}
-    along = values["g"] * values["h'"] * direction
-    across = values["h"] / n[:, None, None] * values["g'"] * (unit - values["c"] * direction)
+    h, g, h_slope, g_slope, c = (
+        value.detach().squeeze(2).T.unsqueeze(2) for value in (h, g, h_slope, g_slope, cosines)
+    )
+    along = g * h_slope * direction
+    across = h / n[:, None, None] * g_slope * (unit - c * direction)
     shape = len(x), *weight.shape
     return along.view(shape), across.view(shape)

@@ -37,15 +37,17 @@ def _spread(one: Tensor, like: Tensor) -> Tensor:
     return one.view(-1, *[1] * (like.dim() - 1))
 
 
-def _constant(value: Tensor | float | None, one: Tensor, like: Tensor) -> Tensor | float:
+def _constant(value: Tensor | float, one: Tensor, like: Tensor) -> Tensor:
     """Return a value that is added: a constant is counted by ``one``."""
-    if value is None or isinstance(value, Signal):
-        return 0.0 if value is None else value
-    return value * _spread(one, like)
+    return value if isinstance(value, Signal) else value * _spread(one, like)
 
 
-def _by_channel(values: Tensor, dimensions: int) -> Tensor:
-    return values.view(-1, *[1] * (dimensions - 2))
+def _plus(answer: Tensor, bias: Tensor | None, one: Tensor) -> Tensor:
+    return answer if bias is None else answer + bias * _spread(one, answer)
+
+
+def _by_channel(values: Tensor | None, dimensions: int) -> Tensor | None:
+    return None if values is None else values.view(-1, *[1] * (dimensions - 2))
 
 
 # The products that change their first factor, and what they compute.
@@ -142,10 +144,7 @@ def _weighted_sum(
 ) -> Tensor:
     """A plain convolution or a fully connected layer."""
     answer = function(input, weight, None, *args, **kwargs)
-    if bias is None:
-        return answer
-    per_output = bias if function is F.linear else _by_channel(bias, answer.dim())
-    return answer + per_output * _spread(one, answer)
+    return _plus(answer, bias if function is F.linear else _by_channel(bias, answer.dim()), one)
 
 
 def _batch_norm(
@@ -180,12 +179,11 @@ def _normalised(
     centred: bool = True,
 ) -> Tensor:
     """The values of each group, (..., values), less their mean, by their standard deviation, which is held fixed."""
-    held = groups.detach()
-    deviation = held.var(-1, correction=0, keepdim=True) if centred else held.square().mean(-1, keepdim=True)
+    fixed = groups.detach()
+    variance = fixed.var(-1, correction=0, keepdim=True) if centred else fixed.square().mean(-1, keepdim=True)
     values = groups - groups.mean(-1, keepdim=True) if centred else groups
-    answer = (values * (deviation + eps).rsqrt()).reshape(input.shape)
-    answer = answer if weight is None else answer * weight
-    return answer if bias is None else answer + bias * _spread(one, answer)
+    answer = (values * (variance + eps).rsqrt()).reshape(input.shape)
+    return _plus(answer if weight is None else answer * weight, bias, one)
 
 
 def _layer_norm(
@@ -221,7 +219,7 @@ def _group_norm(
     bias: Tensor | None = None,
     eps: float = 1e-5,
 ) -> Tensor:
-    weight, bias = (None if value is None else _by_channel(value, input.dim()) for value in (weight, bias))
+    weight, bias = (_by_channel(values, input.dim()) for values in (weight, bias))
     return _normalised(one, input, input.reshape(len(input), num_groups, -1), weight, bias, eps)
 
 
@@ -260,8 +258,7 @@ def _decoupled(
             c = product / n
             c = torch.where(c.abs() < LEAST_COSINE, LEAST_COSINE, c)
             factor = factor * (angular(c) / c)
-    answer = product * factor
-    return answer if bias is None else answer + _by_channel(bias, answer.dim()) * _spread(one, answer)
+    return _plus(product * factor, _by_channel(bias, product.dim()), one)
 
 
 def functions_of(name: str) -> list[Function]:

@@ -37,13 +37,14 @@ def layers_of(model: nn.Module, what: str) -> dict[DecoupledConv2d, str]:
 
 
 def refuse_compiled(model: nn.Module, what: str) -> None:
-    """Refuse a network that is compiled.
+    """Refuse a network that is compiled, or a part of which is.
 
     Raises:
         TypeError: it is; ``what`` is the name of the function that refuses it.
     """
-    if type(model).__name__ == "OptimizedModule" or model._compiled_call_impl is not None:
-        raise TypeError(f"{what} takes the network before torch.compile, which would compile each step of it")
+    for module in model.modules():
+        if type(module).__name__ == "OptimizedModule" or module._compiled_call_impl is not None:
+            raise TypeError(f"{what} takes the network before torch.compile, which would compile each step of it")
 
 
 def nonempty(batches: Batches, what: str) -> Iterator[Any]:

@@ -140,7 +140,7 @@ def test_numbers_are_those_of_their_definitions():
 def test_tables_of_seeds_have_mean_and_deviation():
     seeds = [made_up(lambda key, count=count: torch.arange(4) < count) for count in (1, 2, 3)]
     table = seeds_table({"conv": seeds, "alone": seeds[:1]})
-    assert "| clean | 50.0 ± 25.0 | 25.0 |" in table and "| contrast x 0.05 | 50.0 ± 25.0 | 25.0 |" in table
+    assert "| clean | 50.0 ± 25.0 | 25.0 |" in table and "| contrast × 0.05 | 50.0 ± 25.0 | 25.0 |" in table
     assert "| fog | 3 | 50.0 |" in severities_table({"conv": seeds})
 
 
@@ -210,7 +210,7 @@ def test_the_command_tells_writes_and_records(run, tmp_path):  # noqa: F811
     [
         (["corruptions", "digits_cnn6"], "unknown checkpoint 'digits_cnn6'"),
         (["corruptions", *NAMES, "--limit", "0"], "above 0"),
-        (["corruptions", NAMES[0], "cifar10_resnet20_conv"], "choose the data it was trained on"),
+        (["corruptions", NAMES[0], "cifar10_resnet20_conv"], "cifar10_resnet20_conv: the network has class_names"),
     ],
     ids=["name", "limit", "other images"],
 )
@@ -235,13 +235,15 @@ def test_test_images_are_corrupted_when_they_are_read():
     assert "corruption" not in portable_description(data.describe())["arguments"]
 
 
-@pytest.mark.parametrize(
-    ("words", "told"),
-    [("fgo:3", "Did you mean 'fog'"), ("fog", "write NAME:SEVERITY"), ("fog:6", "must be 1 to 5, got '6'")],
-)
-def test_wrong_corruptions_are_told(words, told):
-    with pytest.raises(ValueError, match=told):
-        Digits(corruption=words)
+def test_wrong_corruptions_are_told_when_the_data_is_made():
+    with pytest.raises(ValueError, match="Did you mean 'fog'"):
+        Digits(corruption="fgo:3")
+
+
+@pytest.mark.parametrize("stage", ["fit", "validate", "predict"])
+def test_only_test_takes_corrupted_images(stage):
+    with pytest.raises(ValueError, match=f"corruption changes test images, and {stage} uses none"):
+        Digits(corruption="fog:3").setup(stage)
 
 
 def test_the_command_line_tests_on_corrupted_images(run):  # noqa: F811
@@ -250,6 +252,7 @@ def test_the_command_line_tests_on_corrupted_images(run):  # noqa: F811
     for words in ([], ["--data.corruption", "contrast:5"], ["--data.corruption", "contrast:5"]):
         status, printed, errors = run("test", "--ckpt_path", checkpoint, *words)
         assert status == 0, errors
+        assert ("test images are corrupted: contrast, severity 5" in run.told()) == bool(words)
         accuracies.append(next(line for line in printed.splitlines() if "test_loss" in line))
     assert accuracies[0] != accuracies[1] == accuracies[2]
     status, _, errors = run("test", "--ckpt_path", checkpoint, "--data.corruption", "fgo:3")

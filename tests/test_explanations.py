@@ -31,7 +31,8 @@ from operators.signal import RULES, Signal
 from tests.command_line import run  # noqa: F401
 from tests.reference import reference_conv, reference_patches
 from zoo.commands.console import main
-from zoo.explanations.layer_maps import recording
+from zoo.explanations.layer_maps import recording_signals
+from zoo.explanations.picture import explain_image
 
 OPERATORS = [f"{magnitude}_{angular}" for magnitude in MAGNITUDES for angular in ANGULARS]
 TIMM = ["resnet18", "tf_efficientnet_lite0", "mobilenetv3_small_100", "convnextv2_atto", "regnety_002", "test_nfnet"]
@@ -147,7 +148,7 @@ def test_an_activation_multiplies_its_input(activation):
     assert torch.allclose(slopes * x, layer(x), rtol=1e-6, atol=1e-12)
 
 
-class Gate(nn.Module):
+class Apply(nn.Module):
     def __init__(self, function, name=""):
         super().__init__()
         self.function = function
@@ -193,7 +194,9 @@ FUNCTIONS = {
 
 
 @pytest.mark.parametrize(
-    "function", [*(kind() for kind in NORMS), *(Gate(function, name) for name, function in FUNCTIONS.items())], ids=str
+    "function",
+    [*(kind() for kind in NORMS), *(Apply(function, name) for name, function in FUNCTIONS.items())],
+    ids=str,
 )
 def test_what_networks_hold_is_linear_for_one_image(function):
     torch.manual_seed(0)
@@ -229,7 +232,7 @@ def test_a_network_without_biases_is_the_whole_logit():
 
 @pytest.mark.parametrize(
     ("module", "told"),
-    [(nn.Softplus(), "1 (Softplus) computes softplus"), (Gate(torch.exp), "1 (Gate) computes exp")],
+    [(nn.Softplus(), "1 (Softplus) computes softplus"), (Apply(torch.exp), "1 (Apply) computes exp")],
     ids=str,
 )
 def test_an_unknown_function_is_named_and_not_guessed(module, told):
@@ -255,7 +258,7 @@ def hidden_exp(x):
 
 @pytest.mark.parametrize("count", [1, 2])
 def test_contributions_that_do_not_add_up_are_refused(count):
-    network = nn.Sequential(nn.Conv2d(3, 4, 3), Gate(hidden_exp), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), Apply(hidden_exp), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     with pytest.raises(ArithmeticError, match="differ from the logit by"):
         zoo.explain(network, torch.rand(count, 3, 8, 8))
 
@@ -277,7 +280,7 @@ def assigned(x, value):
     ids=["constant in place", "fill", "assigned constant", "assigned signal", "exponent"],
 )
 def test_what_would_be_lost_is_named(function, told):
-    network = nn.Sequential(nn.Conv2d(3, 4, 3), Gate(function), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), Apply(function), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     with pytest.raises(TypeError, match=told):
         zoo.explain(network, torch.rand(1, 3, 8, 8))
 
@@ -295,7 +298,7 @@ def doubled(x):
 @pytest.mark.parametrize("function", [windows, doubled])
 def test_a_network_that_mixes_rows_is_explained_image_by_image(function):
     torch.manual_seed(0)
-    network = nn.Sequential(DecoupledConv2d(3, 4, 3, padding=1), Gate(function), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    network = nn.Sequential(DecoupledConv2d(3, 4, 3, padding=1), Apply(function), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     images = torch.rand(3, 3, 8, 8)
     together = zoo.explain(network, images, layers=["0"])
     assert completeness(together) < 1e-5 and together.bias.abs().min() > 0.1
@@ -306,7 +309,7 @@ def test_a_network_that_mixes_rows_is_explained_image_by_image(function):
 
 
 def test_a_first_layer_in_place_changes_no_images_of_the_caller():
-    network = nn.Sequential(Gate(lambda x: x.mul_(0.5)), nn.ReLU(inplace=True), nn.Conv2d(3, 4, 8), nn.Flatten())
+    network = nn.Sequential(Apply(lambda x: x.mul_(0.5)), nn.ReLU(inplace=True), nn.Conv2d(3, 4, 8), nn.Flatten())
     images = torch.rand(2, 3, 8, 8)
     before = images.clone()
     assert completeness(zoo.explain(network, images)) < 1e-5
@@ -446,14 +449,18 @@ def test_classes_are_told_by_name_or_index(sphere):
 def test_other_networks_than_these_are_refused_with_what_to_use_instead(sphere):
     images = images_for(sphere, 1)
     exported = torch.export.export(sphere, (images,))
-    for model, told in {
-        "compiled": (torch.compile(sphere), "before torch.compile"),
-        "folded": (fold(sphere)[0], "before operators.fold"),
-        "exported": (exported, "before torch.export"),
-        "its module": (exported.module(), "before it was exported"),
-        "a name": ("cifar10_resnet20_conv", "takes a network, got str"),
-        "empty": (nn.Flatten(), "no parameters"),
-    }.values():
+    in_part = copy.deepcopy(sphere)
+    next(in_part.network.children()).compile()
+    for model, told in (
+        (torch.compile(sphere), "before torch.compile"),
+        (nn.Sequential(torch.compile(sphere)), "before torch.compile"),
+        (in_part, "before torch.compile"),
+        (fold(sphere)[0], "before operators.fold"),
+        (exported, "before torch.export"),
+        (exported.module(), "before it was exported"),
+        ("cifar10_resnet20_conv", "takes a network, got str"),
+        (nn.Flatten(), "no parameters"),
+    ):
         with pytest.raises(TypeError, match=told):
             zoo.explain(model, images)
 
@@ -508,7 +515,7 @@ def test_a_recorded_layer_has_the_gradient_of_the_logit():
     torch.manual_seed(0)
     network = nn.Sequential(DecoupledConv2d(2, 3, 3, operator="tanh_cosine"), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     x, one = torch.randn(1, 2, 6, 6).requires_grad_(), torch.ones(1).requires_grad_()
-    with recording({"conv": network[0]}, one) as found:
+    with recording_signals({"conv": network[0]}, one) as found:
         answer = network(Signal.of(x, one)).as_subclass(torch.Tensor)
     gradient = torch.autograd.grad(answer[0, 1], found["conv"].output)[0]
     assert torch.allclose(gradient[0, 1], torch.full((4, 4), 1 / 16)) and gradient[0, [0, 2]].abs().max() == 0
@@ -558,6 +565,21 @@ def test_the_command_draws_what_it_prints(run, tmp_path):  # noqa: F811
     assert f"sphere_cosine: {best}, logit" in lines[0]
 
 
+@pytest.mark.parametrize("target", ["truck", "9"])
+def test_the_other_class_is_named_or_numbered(target, run, tmp_path):  # noqa: F811
+    Image.effect_noise((32, 32), 90).convert("RGB").save(tmp_path / "y.png")
+    status, printed, errors = run("explain", "cifar10_resnet20_sphere_cosine", "y.png", "--target", target, main=main)
+    assert status == 0, errors
+    assert "sphere_cosine: truck, logit" in printed.splitlines()[1]
+
+
+def test_the_likeliest_class_is_not_drawn_twice(sphere):
+    image = images_for(sphere, 1)[0]
+    first, second = (name for name, _ in sphere.classify(image, top=2))
+    names = [name for name, *_ in explain_image("", "", sphere, image, first).sums()]
+    assert names == [first, second]
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [
@@ -567,9 +589,12 @@ def test_the_command_draws_what_it_prints(run, tmp_path):  # noqa: F811
         (["cifar10_resnet20_sphere_cosine", "y.png", "--target", "cta"], "unknown class 'cta'. Did you mean 'cat'"),
         (["cifar10_resnet20_conv", "y.png", "--twin"], "is plain itself"),
         (["cifar10_resnet20_sphere_cosine", "y.png", "--twin", "cifar10"], "unknown checkpoint 'cifar10'"),
+        (["cifar10_resnet20_sphere_cosine", "y.png", "--target", "10"], "unknown class '10'"),
+        (["cifar10_resnet20_sphere_cosine", "y.png", "--twin", "digits_cnn6_conv"], "has other classes"),
+        (["cifar10_resnet20_sphere_cosine", "y.png", "--output", "out"], "ends in .png, got out"),
         (["cifar10_resnet20_sphere_cosine", "y.png", "--ouput", "z.png"], "unknown argument '--ouput'"),
     ],
-    ids=["name", "no file", "text", "class", "plain", "twin", "option"],
+    ids=["name", "no file", "text", "class", "plain", "twin", "number", "other classes", "output", "option"],
 )
 def test_wrong_words_are_told_and_nothing_is_drawn(words, told, run, tmp_path):  # noqa: F811
     (tmp_path / "x.png").write_text("no image")

@@ -168,12 +168,9 @@ def resnet32(
     in_chans: int = 3,
     widths: Sequence[int] = (16, 32, 64),
     relu: bool = True,
-    batch_norm_bias: bool = True,
 ) -> CIFARResNet:
     """ResNet-32 for CIFAR: five units a stage, 16-32-64 filters; about 460,000 parameters."""
-    return CIFARResNet(
-        5, widths, num_classes=num_classes, in_chans=in_chans, relu=relu, batch_norm_bias=batch_norm_bias
-    )
+    return CIFARResNet(5, widths, num_classes=num_classes, in_chans=in_chans, relu=relu)
 
 
 def resnet32_wide(num_classes: int = 10, in_chans: int = 3, relu: bool = True) -> CIFARResNet:

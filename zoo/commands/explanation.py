@@ -24,8 +24,12 @@ def add_commands(commands: Commands) -> None:
     )
     command.add_argument("name", help="the checkpoint: a name, a folder or a Hub repository")
     command.add_argument("images", nargs="+", type=Path, metavar="image", help="an image file")
-    command.add_argument("--output", type=Path, default=OUTPUTS / "explanation.png", help="the picture")
-    command.add_argument("--target", metavar="CLASS", help="in place of the second likeliest class")
+    command.add_argument(
+        "--output", type=Path, default=OUTPUTS / "explanation.png", help="the picture, a .png (default: %(default)s)"
+    )
+    command.add_argument(
+        "--target", metavar="CLASS", help="in place of the second likeliest class: a name, or a number from 0 on"
+    )
     command.add_argument(
         "--twin", nargs="?", const=OWN_TWIN, metavar="NAME", help="another network below, by default the plain twin"
     )
@@ -46,11 +50,18 @@ def explain(
     for path in images:
         if not path.is_file():
             raise FileNotFoundError(f"no image file {path}; check the path")
+    if output.suffix.lower() != ".png" or output.is_dir():
+        raise ValueError(f"the picture is a file that ends in .png, got {output}")
     device = Device.choose(device, compile=False).name
     models = {name: zoo.load(name, device=device)}
     if twin is not None:
         other = twin or _twin(name, models[name].spec.operator_name)
         models[other] = zoo.load(other, device=device)
+        if models[other].class_names != models[name].class_names:
+            raise ValueError(f"{other} has other classes than {name}; name a network of the same (--twin NAME)")
+    named = models[name].class_names
+    if target is not None and target not in named and target.isdecimal() and int(target) < len(named):
+        target = named[int(target)]
     rows = []
     for path in images:
         for label, model in models.items():

@@ -35,14 +35,12 @@ class Corruption:
 
     Args:
         function: takes levels, keys and a setting and returns levels, see ``zoo.corruptions.kinds``.
-        group: "noise", "blur", "weather" or "digital".
         small: the settings of the five severities for images of up to 64 pixels.
         large: those for larger images.
         spare: whether it is one of the four that are for choosing hyperparameters and not in the mean of the fifteen.
     """
 
     function: Callable[[Tensor, Tensor, Any], Tensor]
-    group: str
     small: tuple[Any, ...]
     large: tuple[Any, ...]
     spare: bool = False
@@ -52,40 +50,31 @@ class Corruption:
 PUBLISHED_SCALE = 244 / 224
 
 CORRUPTIONS: dict[str, Corruption] = {
-    "gaussian_noise": Corruption(
-        kinds.gaussian_noise, "noise", (0.04, 0.06, 0.08, 0.09, 0.1), (0.08, 0.12, 0.18, 0.26, 0.38)
-    ),
-    "shot_noise": Corruption(kinds.shot_noise, "noise", (500, 250, 100, 75, 50), (60, 25, 12, 5, 3)),
-    "impulse_noise": Corruption(
-        kinds.impulse_noise, "noise", (0.01, 0.02, 0.03, 0.05, 0.07), (0.03, 0.06, 0.09, 0.17, 0.27)
-    ),
+    "gaussian_noise": Corruption(kinds.gaussian_noise, (0.04, 0.06, 0.08, 0.09, 0.1), (0.08, 0.12, 0.18, 0.26, 0.38)),
+    "shot_noise": Corruption(kinds.shot_noise, (500, 250, 100, 75, 50), (60, 25, 12, 5, 3)),
+    "impulse_noise": Corruption(kinds.impulse_noise, (0.01, 0.02, 0.03, 0.05, 0.07), (0.03, 0.06, 0.09, 0.17, 0.27)),
     "defocus_blur": Corruption(
         kinds.defocus_blur,
-        "blur",
         ((0.3, 0.4), (0.4, 0.5), (0.5, 0.6), (1, 0.2), (1.5, 0.1)),
         ((3, 0.1), (4, 0.5), (6, 0.5), (8, 0.5), (10, 0.5)),
     ),
     "glass_blur": Corruption(
         kinds.glass_blur,
-        "blur",
         ((0.05, 1, 1), (0.25, 1, 1), (0.4, 1, 1), (0.25, 1, 2), (0.4, 1, 2)),
         ((0.7, 1, 2), (0.9, 2, 1), (1, 2, 3), (1.1, 3, 2), (1.5, 4, 2)),
     ),
     "motion_blur": Corruption(
         kinds.motion_blur,
-        "blur",
         ((6, 1), (6, 1.5), (6, 2), (8, 2), (9, 2.5)),
         ((10, 3), (15, 5), (15, 8), (15, 12), (20, 15)),
     ),
     "zoom_blur": Corruption(
         kinds.zoom_blur,
-        "blur",
         ((1.06, 0.01), (1.11, 0.01), (1.16, 0.01), (1.21, 0.01), (1.26, 0.01)),
         ((1.11, 0.01), (1.16, 0.01), (1.21, 0.02), (1.26, 0.02), (1.31, 0.03)),
     ),
     "snow": Corruption(
         weather.snow,
-        "weather",
         (
             (0.1, 0.2, 1, 0.6, 8, 3, 0.95),
             (0.1, 0.2, 1, 0.5, 10, 4, 0.9),
@@ -103,39 +92,32 @@ CORRUPTIONS: dict[str, Corruption] = {
     ),
     "frost": Corruption(
         weather.frost,
-        "weather",
         ((1, 0.2, 5), (1, 0.3, 5), (0.9, 0.4, 5), (0.85, 0.4, 5), (0.75, 0.45, 5)),
         ((1, 0.4, 1), (0.8, 0.6, 1), (0.7, 0.7, 1), (0.65, 0.7, 1), (0.6, 0.75, 1)),
     ),
     "fog": Corruption(
         weather.fog,
-        "weather",
         ((0.2, 3), (0.5, 3), (0.75, 2.5), (1, 2), (1.5, 1.75)),
         ((1.5, 2), (2, 2), (2.5, 1.7), (2.5, 1.5), (3, 1.4)),
     ),
-    "brightness": Corruption(kinds.brightness, "weather", (0.05, 0.1, 0.15, 0.2, 0.3), (0.1, 0.2, 0.3, 0.4, 0.5)),
-    "contrast": Corruption(kinds.contrast, "digital", (0.75, 0.5, 0.4, 0.3, 0.15), (0.4, 0.3, 0.2, 0.1, 0.05)),
+    "brightness": Corruption(kinds.brightness, (0.05, 0.1, 0.15, 0.2, 0.3), (0.1, 0.2, 0.3, 0.4, 0.5)),
+    "contrast": Corruption(kinds.contrast, (0.75, 0.5, 0.4, 0.3, 0.15), (0.4, 0.3, 0.2, 0.1, 0.05)),
     "elastic_transform": Corruption(
         kinds.elastic_transform,
-        "digital",
         ((0, 0, 0.08), (0.05, 0.2, 0.07), (0.08, 0.06, 0.06), (0.1, 0.04, 0.05), (0.1, 0.03, 0.03)),
-        (
-            (2 * PUBLISHED_SCALE, 0.7 * PUBLISHED_SCALE, 0.1 * PUBLISHED_SCALE),
-            (2 * PUBLISHED_SCALE, 0.08 * PUBLISHED_SCALE, 0.2 * PUBLISHED_SCALE),
-            (0.05 * PUBLISHED_SCALE, 0.01 * PUBLISHED_SCALE, 0.02 * PUBLISHED_SCALE),
-            (0.07 * PUBLISHED_SCALE, 0.01 * PUBLISHED_SCALE, 0.02 * PUBLISHED_SCALE),
-            (0.12 * PUBLISHED_SCALE, 0.01 * PUBLISHED_SCALE, 0.02 * PUBLISHED_SCALE),
+        tuple(
+            tuple(PUBLISHED_SCALE * share for share in setting)
+            for setting in ((2, 0.7, 0.1), (2, 0.08, 0.2), (0.05, 0.01, 0.02), (0.07, 0.01, 0.02), (0.12, 0.01, 0.02))
         ),
     ),
-    "pixelate": Corruption(kinds.pixelate, "digital", (0.95, 0.9, 0.85, 0.75, 0.65), (0.6, 0.5, 0.4, 0.3, 0.25)),
-    "jpeg_compression": Corruption(kinds.jpeg_compression, "digital", (80, 65, 58, 50, 40), (25, 18, 15, 10, 7)),
+    "pixelate": Corruption(kinds.pixelate, (0.95, 0.9, 0.85, 0.75, 0.65), (0.6, 0.5, 0.4, 0.3, 0.25)),
+    "jpeg_compression": Corruption(kinds.jpeg_compression, (80, 65, 58, 50, 40), (25, 18, 15, 10, 7)),
     "speckle_noise": Corruption(
-        kinds.speckle_noise, "noise", (0.06, 0.1, 0.12, 0.16, 0.2), (0.15, 0.2, 0.35, 0.45, 0.6), spare=True
+        kinds.speckle_noise, (0.06, 0.1, 0.12, 0.16, 0.2), (0.15, 0.2, 0.35, 0.45, 0.6), spare=True
     ),
-    "gaussian_blur": Corruption(kinds.gaussian_blur, "blur", (0.4, 0.6, 0.7, 0.8, 1), (1, 2, 3, 4, 6), spare=True),
+    "gaussian_blur": Corruption(kinds.gaussian_blur, (0.4, 0.6, 0.7, 0.8, 1), (1, 2, 3, 4, 6), spare=True),
     "spatter": Corruption(
         weather.spatter,
-        "weather",
         (
             (0.62, 0.1, 0.7, 0.7, 0.5, 0),
             (0.65, 0.1, 0.8, 0.7, 0.5, 0),
@@ -154,7 +136,6 @@ CORRUPTIONS: dict[str, Corruption] = {
     ),
     "saturate": Corruption(
         kinds.saturate,
-        "digital",
         ((0.3, 0), (0.1, 0), (1.5, 0), (2, 0.1), (2.5, 0.2)),
         ((0.3, 0), (0.1, 0), (2, 0), (5, 0.1), (20, 0.2)),
         spare=True,
@@ -185,15 +166,15 @@ def corrupted(images: Tensor, name: str, severity: int, keys: Tensor) -> Tensor:
         raise ValueError(f"the severity of {name} must be 1 to 5, got {severity!r}")
     _check(images, keys)
     settings = corruption.small if min(images.shape[2:]) <= LARGEST_SMALL else corruption.large
-    own_keys = key_of(keys, zlib.crc32(name.encode()), int(severity))
-    results = [images[:0]]
-    chunk = max(1, CHUNK // images[:1].numel()) if len(images) else 1
-    for some, some_keys in zip(images.split(chunk), own_keys.split(chunk), strict=True):
-        if len(some):
-            levels = corruption.function(some.double().contiguous(), some_keys, settings[int(severity) - 1])
-            # Whole levels may have become less by the rounding of floats, and would lose 1.
-            results.append((levels + 1e-6).clamp_(0, 255).byte())
-    return torch.cat(results)
+    own_keys = key_of(keys, zlib.crc32(name.encode()), severity)
+    results = torch.empty_like(images)
+    chunk = max(1, CHUNK // max(1, images[:1].numel()))
+    for start in range(0, len(images), chunk):
+        some = slice(start, start + chunk)
+        levels = corruption.function(images[some].double().contiguous(), own_keys[some], settings[severity - 1])
+        # Whole levels may have become less by the rounding of floats, and would lose 1.
+        results[some] = (levels + 1e-6).clamp_(0, 255).byte()
+    return results
 
 
 def corruption_keys(indices: Tensor) -> Tensor:

@@ -39,7 +39,11 @@ def _scaled(scale: str, factor: float, images: Tensor, keys: Tensor) -> Tensor:
     return SCALES[scale](images.float() / 255, factor)
 
 
-# By the key that stands in results.
+# Contrast or brightness lowered, by the key that stands in results.
+SCALED: dict[str, Way] = {
+    scale_key(scale, factor): functools.partial(_scaled, scale, factor) for scale in SCALES for factor in FACTORS
+}
+# Likewise all ways.
 WAYS: dict[str, Way] = {
     CLEAN: _unchanged,
     **{
@@ -47,5 +51,5 @@ WAYS: dict[str, Way] = {
         for name in CORRUPTIONS
         for severity in SEVERITIES
     },
-    **{scale_key(scale, factor): functools.partial(_scaled, scale, factor) for scale in SCALES for factor in FACTORS},
+    **SCALED,
 }

@@ -11,6 +11,7 @@ import lightning as L
 import numpy as np
 import torch
 import torchvision.transforms.v2.functional as TF
+from lightning.pytorch.utilities import rank_zero_info
 from sklearn.model_selection import train_test_split
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -168,6 +169,10 @@ class ImageData(L.LightningDataModule, abc.ABC):
             self._sets.update({name: images for name, images in other._sets.items() if name != "predict"})
 
     def setup(self, stage: str) -> None:
+        if self.corruption and stage != "test":
+            raise ValueError(f"corruption changes test images, and {stage} uses none; leave it out (--data.corruption)")
+        if self.corruption:
+            rank_zero_info("test images are corrupted: {}, severity {}".format(*self.corruption))
         # Images on disk are examined by one process of each machine, and the others read what it has found.
         with first_alone(self.trainer):
             for split in STAGES[stage]:

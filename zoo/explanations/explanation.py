@@ -17,7 +17,7 @@ from operators.linear_map import MixedImagesError, NotLinearError, Signal
 from operators.lookup import look_up
 from operators.observation import refuse_compiled
 from zoo.arithmetic import exact_arithmetic
-from zoo.explanations.layer_maps import LayerMaps, layer_maps, recording
+from zoo.explanations.layer_maps import LayerMaps, layer_maps, recording_signals
 from zoo.models.image_model import ImageModel
 
 Class = int | str
@@ -56,7 +56,7 @@ def explain(
     images: Tensor,
     target: Class | Sequence[Class] | Tensor | None = None,
     *,
-    layers: Sequence[str] = (),
+    layers: str | Sequence[str] = (),
 ) -> Explanation:
     """Say what each pixel contributes to the logit of a class.
 
@@ -71,7 +71,7 @@ def explain(
         images: (N, C, H, W): for a model of the zoo in [0, 1], for another network as it takes them.
         target: the class, by its index or, for a model of the zoo, its name; one for all images, or one for each. By
             default the likeliest of each image.
-        layers: names of decoupled layers of the network, whose maps are wanted.
+        layers: the name of a decoupled layer of the network whose maps are wanted, or several.
 
     Raises:
         TypeError: a module that computes something of which nobody has said what linear map it is, named in the
@@ -87,7 +87,8 @@ def explain(
     # Gradients come with channels first, and two formats at a time would cost a pass more.
     images = images.detach().to(parameter.device, parameter.dtype).contiguous()
     legal = decoupled_layers(model.network if isinstance(model, ImageModel) else model)
-    chosen = {name: look_up(legal, name, "decoupled layer") for name in layers}
+    names = [layers] if isinstance(layers, str) else layers
+    chosen = {name: look_up(legal, name, "decoupled layer") for name in names}
     # Whoever calls it in inference mode gets gradients all the same.
     with (
         torch.inference_mode(False),
@@ -123,7 +124,7 @@ def _explained(
     network = model.network if is_ours else model
     x = ((images - model.mean) / model.std if is_ours else images).detach().requires_grad_()
     one = x.new_ones(len(x)).requires_grad_()
-    with torch.enable_grad(), recording(layers, one) as recorded:
+    with torch.enable_grad(), recording_signals(layers, one) as recorded:
         answer = _linear_answer(network, x.clone(), one)
         if missing := layers.keys() - recorded.keys():
             raise ValueError(f"the network does not use its layers {', '.join(sorted(missing))}; leave them out")
@@ -134,7 +135,10 @@ def _explained(
     contributions = weights * x.detach()
     _check_sum(contributions, bias, logits, target)
     size = x.shape[-2:]
-    maps = {name: layer_maps(recorded[name], gradient, size) for name, gradient in zip(layers, gradients, strict=True)}
+    maps = {
+        name: layer_maps(layer, recorded[name], gradient, size)
+        for (name, layer), gradient in zip(layers.items(), gradients, strict=True)
+    }
     return Explanation(contributions, bias, logits, target, maps)
 
 
@@ -225,7 +229,11 @@ def _linear_answer(network: nn.Module, x: Tensor, one: Tensor) -> Tensor:
             "is one row of operators.linear_map.RULES"
         ) from error
     if not isinstance(answer, Signal):
-        raise TypeError(f"{type(network).__name__} answers with a gate or a probability; explain takes logits")
+        raise TypeError(
+            f"{type(network).__name__} answers with what is held fixed (a gate, a norm or a probability, computed by "
+            "sigmoid, sqrt, softmax, ...) or has left torch's functions; explain takes logits that are linear in "
+            "something"
+        )
     return answer.as_subclass(Tensor)
 
 
@@ -245,5 +253,6 @@ def _check_sum(contributions: Tensor, bias: Tensor, logits: Tensor, target: Tens
     if not (difference <= TOLERANCE).all():
         raise ArithmeticError(
             f"contributions and bias differ from the logit by {difference.max():.1e} of the largest logit, more than "
-            f"{TOLERANCE:.0e}: the network computes something outside torch's functions (a custom autograd function?)"
+            f"{TOLERANCE:.0e}: the network draws something at random, or computes something outside torch's functions "
+            "(a custom autograd function?)"
         )

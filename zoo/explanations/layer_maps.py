@@ -33,15 +33,14 @@ class LayerMaps:
 
 @dataclasses.dataclass(frozen=True)
 class Recorded:
-    """A layer, with its last input and its answer."""
+    """The last input of a layer, and its answer."""
 
-    layer: DecoupledConv2d
     input: Tensor
     output: Tensor
 
 
 @contextlib.contextmanager
-def recording(layers: Mapping[str, DecoupledConv2d], one: Tensor) -> Iterator[dict[str, Recorded]]:
+def recording_signals(layers: Mapping[str, DecoupledConv2d], one: Tensor) -> Iterator[dict[str, Recorded]]:
     """Record, by their names, the inputs and answers of layers as the signals of ``one`` go through them."""
     found: dict[str, Recorded] = {}
 
@@ -50,7 +49,7 @@ def recording(layers: Mapping[str, DecoupledConv2d], one: Tensor) -> Iterator[di
             # Another thread uses the network.
             return output
         answer = output.as_subclass(Tensor)
-        found[name] = Recorded(layer, inputs[0].detach(), answer)
+        found[name] = Recorded(inputs[0].detach(), answer)
         # What follows is computed of the recorded answer, so that it has a gradient.
         return Signal.of(answer, one)
 
@@ -62,14 +61,13 @@ def recording(layers: Mapping[str, DecoupledConv2d], one: Tensor) -> Iterator[di
             hook.remove()
 
 
-def layer_maps(recorded: Recorded, gradient: Tensor, size: Sequence[int]) -> LayerMaps:
+def layer_maps(layer: DecoupledConv2d, recorded: Recorded, gradient: Tensor, size: Sequence[int]) -> LayerMaps:
     """Return the maps of a layer.
 
     Args:
         gradient: of the logit with respect to the layer's answer, (N, K, H', W').
         size: height and width of the images, in pixels.
     """
-    layer = recorded.layer
     geometry = layer.stride, layer.effective_padding, layer.dilation, layer.groups
     settings = {"eps": layer.operator.eps, "padding_mode": layer.padding_mode}
     with torch.no_grad():

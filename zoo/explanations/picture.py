@@ -9,6 +9,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from operators.observation import quantiles_of
 from zoo.explanations.explanation import Class, Explanation, explain
 from zoo.figures import STYLE, write_figure
 from zoo.models.image_model import ImageModel
@@ -38,7 +39,7 @@ class ExplainedImage:
 def explain_image(name: str, title: str, model: ImageModel, image: Tensor, other: Class | None) -> ExplainedImage:
     """Explain the likeliest class of an image (C, H, W), and another one, by default the second likeliest."""
     guesses = [guess for guess, _ in model.classify(image, top=2)]
-    classes = [guesses[0], guesses[-1] if other is None else other]
+    classes = [guesses[0], guesses[-1] if other in (None, guesses[0]) else other]
     explanation = explain(model, image.expand(2, -1, -1, -1), classes)
     return ExplainedImage(name, title, image, explanation, model.class_names)
 
@@ -47,24 +48,24 @@ def explain_image(name: str, title: str, model: ImageModel, image: Tensor, other
 def draw_explanations(rows: Sequence[ExplainedImage], path: Path) -> None:
     """Write a PNG with one row for each explained image: the image, then what speaks for and against two classes.
 
-    All maps have one scale: red pixels raise the logit, blue ones lower it, white ones do neither.
+    All maps have one scale, which half a percent of the pixels exceed: red ones raise the logit, blue ones lower it,
+    white ones do neither.
     """
-    figure = Figure(figsize=(9, 0.6 + 3.1 * len(rows)), layout="constrained")
+    figure = Figure(figsize=(9, 1.2 + 3.1 * len(rows)), layout="constrained")
     grid = figure.subplots(len(rows), 3, squeeze=False)
-    values = torch.cat([row.explanation.contributions.sum(1).abs().flatten() for row in rows]).float().cpu()
-    scale = max(values.kthvalue(max(1, int(SHOWN_SHARE * len(values)))).values.item(), 1e-12)
-    for axes_row, row in zip(grid, rows, strict=True):
+    maps = [row.explanation.contributions.sum(1).float().cpu() for row in rows]
+    scale = max(*quantiles_of(torch.cat([values.abs().flatten() for values in maps]), [SHOWN_SHARE]), 1e-12)
+    for axes_row, row, row_maps in zip(grid, rows, maps, strict=True):
         first, *others = axes_row
         first.imshow(row.image.permute(1, 2, 0).cpu().numpy(), cmap="gray", vmin=0, vmax=1)
         first.set_title(row.title, fontsize=9)
         first.set_ylabel(row.network, fontsize=9)
-        maps = row.explanation.contributions.sum(1).float().cpu().numpy()
-        for axes, values, (name, logit, pixels, bias) in zip(others, maps, row.sums(), strict=True):
+        for axes, values, (name, logit, pixels, bias) in zip(others, row_maps.numpy(), row.sums(), strict=True):
             axes.set_title(f"{name}: {logit:.1f}\n= pixels {pixels:+.1f}, bias {bias:+.1f}", fontsize=9)
             drawn = axes.imshow(values, cmap="RdBu_r", vmin=-scale, vmax=scale)
     for axes in grid.flat:
         axes.set_xticks([])
         axes.set_yticks([])
-    bar = figure.colorbar(drawn, ax=grid, location="bottom", shrink=0.5, aspect=40)
+    bar = figure.colorbar(drawn, ax=grid, location="bottom", shrink=0.5, aspect=40, extend="both")
     bar.set_label("contribution of a pixel to the logit: red speaks for the class, blue against it")
     write_figure(figure, path)

@@ -147,9 +147,9 @@ def recipes(only: str = "*", folder: Path | None = None) -> list[Path]:
     Raises:
         ValueError: no recipe has such a name, or there is none in the folder.
     """
+    folder = folder or CONFIGS
     order = {f"{family}_{operator}": place for place, (family, operator) in enumerate(product(FAMILIES, OPERATORS))}
-    existing = (folder or CONFIGS).glob("*_*.yaml")
-    existing = sorted(existing, key=lambda path: (order.get(path.stem, len(order)), path.stem))
+    existing = sorted(folder.glob("*_*.yaml"), key=lambda path: (order.get(path.stem, len(order)), path.stem))
     chosen = [path for path in existing if fnmatch.fnmatch(path.stem, only)]
     if not existing:
         raise ValueError(f"{folder} has no recipes (*_*.yaml); check the path")

@@ -52,30 +52,30 @@ def evaluate_corruptions(
     require_photographs()
     places = evenly_spaced(limit, len(data.split("test")))
     images, labels = data.split("test").__getitems__(places)
-    models, abouts, ledgers = [], [], []
+    networks: list[tuple[ImageModel, dict[str, Any], Ledger]] = []
     for name in names:
         config = read_config(zoo.find(name))
         model = zoo.load(name, device=device)
-        check_data(model.spec, data)
+        try:
+            check_data(model.spec, data)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
         about = _about(config, model, data, images, labels) | origin(torch.device(device))
-        if any(about["checkpoint"] == other["checkpoint"] for other in abouts):
+        if any(about["checkpoint"] == other["checkpoint"] for _, other, _ in networks):
             raise ValueError(f"two checkpoints are called {about['checkpoint']}; measure each into a folder of its own")
-        models.append(model)
-        abouts.append(about)
         identity = {field: about[field] for field in ("sha256", "content")} | {"device": device, "protocol": PROTOCOL}
-        ledgers.append(Ledger(work, f"{about['checkpoint']}_corruptions", identity))
+        networks.append((model, about, Ledger(work, f"{about['checkpoint']}_corruptions", identity)))
     keys = corruption_keys(torch.tensor(places))
     with exact_arithmetic(device):
         for done, (key, way) in enumerate(WAYS.items()):
             tell(key, done, len(WAYS))
-            pairs = zip(models, ledgers, strict=True)
-            missing = [(model, ledger) for model, ledger in pairs if (key, 0) not in ledger.rows]
+            missing = [(model, ledger) for model, _, ledger in networks if (key, 0) not in ledger.rows]
             changed = way(images, keys) if missing else None
             for model, ledger in missing:
                 ledger.add(key, 0, _right(model, changed, labels, device).float(), [])
     return [
         CorruptionResult(about, {key: torch.tensor(ledger.rows[key, 0]["values"]).bool() for key in WAYS})
-        for about, ledger in zip(abouts, ledgers, strict=True)
+        for _, about, ledger in networks
     ]
 
 

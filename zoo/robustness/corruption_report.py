@@ -1,12 +1,14 @@
 """Results on corrupted images as tables in Markdown, and what a card says of them."""
 
+import functools
+import itertools
 import math
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from zoo.corruptions.corruption import CORRUPTIONS, SEVERITIES
-from zoo.corruptions.ways import CLEAN, FACTORS, SCALES, scale_key, severity_key
+from zoo.corruptions.ways import CLEAN, SCALED, SCALES, scale_key, severity_key
 from zoo.markdown import markdown_table
 from zoo.robustness.corruption_result import COUNTED, CorruptionResult, twin_among
 
@@ -22,24 +24,26 @@ def corruption_report(result: CorruptionResult, twin: CorruptionResult | None) -
         f"# {about['checkpoint']} on corrupted images",
         f"{about['images']:,} test images of {about['data']}. Accuracy in percent; severities 1 to 5.",
         _table(result, twin),
-        scale_table({about["checkpoint"]: result, **({twin.about["checkpoint"]: twin} if twin else {})}),
+        scale_table({each.about["checkpoint"]: each for each in (result, twin) if each}),
     ]
     return "\n\n".join(lines) + "\n"
 
 
 def _table(result: CorruptionResult, twin: CorruptionResult | None) -> str:
-    header = ["corruption", *map(str, SEVERITIES), "mean"] + ["twin", "difference (95 %)"] * bool(twin)
+    header = ["corruption", *map(str, SEVERITIES), "mean"] + (["twin", "difference (95 %)"] if twin else [])
     rows = []
     for name, corruption in CORRUPTIONS.items():
         cells = [f"{result.accuracy(severity_key(name, severity)):.1f}" for severity in SEVERITIES]
-        rows.append([f"{name}{' (spare)' * corruption.spare}", *cells, *_compared(result, twin, [name])])
+        rows.append([f"{name} (spare)" if corruption.spare else name, *cells, *_compared(result, twin, [name])])
     blank = [""] * len(SEVERITIES)
     rows.append(["mean of the fifteen", *blank, *_compared(result, twin, COUNTED)])
     clean = [f"{each.accuracy(CLEAN):.1f}" for each in (result, twin) if each]
-    rows.append(["clean", *blank, *clean, *[""] * bool(twin)])
+    rows.append(["clean", *blank, *clean, *([""] if twin else [])])
     table = markdown_table(header, rows)
-    if twin:
-        table += f"\n\nMean corruption error relative to the twin: {_ratio(result.corruption_error(twin))} %."
+    if twin and math.isfinite(error := result.corruption_error(twin)):
+        table += f"\n\nMean corruption error relative to the twin: {error:.1f} %."
+    elif twin:
+        table += "\n\nThe twin errs nowhere under a corruption, so there is no mean corruption error."
     return table
 
 
@@ -55,6 +59,11 @@ def signed(mean: float, low: float, high: float) -> str:
     return f"{mean:+.1f} ({low:+.1f} to {high:+.1f})"
 
 
+def told(key: str) -> str:
+    """Return the key of a way as people read it."""
+    return key.replace(" x ", " × ")
+
+
 def _ratio(error: float) -> str:
     """Return a corruption error; a twin that errs nowhere under a corruption gives none."""
     return f"{error:.1f}" if math.isfinite(error) else "–"
@@ -62,22 +71,18 @@ def _ratio(error: float) -> str:
 
 def scale_table(results: Mapping[str, CorruptionResult]) -> str:
     """Return the accuracies of networks as contrast and brightness are lowered."""
-    rows = [
-        [scale, name, *(f"{result.accuracy(scale_key(scale, factor)):.1f}" for factor in (1, *FACTORS))]
-        for scale in SCALES
-        for name, result in results.items()
-    ]
-    return markdown_table(["", "network", *(f"× {factor}" for factor in (1, *FACTORS))], rows)
+    rows = [[told(key), *(f"{result.accuracy(key):.1f}" for result in results.values())] for key in (CLEAN, *SCALED)]
+    return markdown_table(["", *results], rows)
 
 
 def light_table(networks: Mapping[str, Sequence[CorruptionResult]]) -> str:
     """Return the accuracy of each network in bad light, mean ± standard deviation of the seeds."""
-    told = [CLEAN, *(scale_key(scale, factor) for scale in SCALES for factor in TOLD_FACTORS)]
+    keys = [CLEAN, *(scale_key(scale, factor) for scale in SCALES for factor in TOLD_FACTORS)]
     rows = [
-        [name, str(len(results)), *(spread([result.accuracy(key) for result in results]) for key in told)]
+        [name, str(len(results)), *(spread([result.accuracy(key) for result in results]) for key in keys)]
         for name, results in networks.items()
     ]
-    return markdown_table(["network", "seeds", *(key.replace(" x ", " × ") for key in told)], rows)
+    return markdown_table(["network", "seeds", *map(told, keys)], rows)
 
 
 def overview(results: Sequence[CorruptionResult]) -> str:
@@ -101,14 +106,12 @@ def seeds_table(networks: Mapping[str, Sequence[CorruptionResult]]) -> str:
     Args:
         networks: the results of all seeds, by the network's name.
     """
+    of_key, of_names = CorruptionResult.accuracy, CorruptionResult.mean_accuracy
     ways = {
-        "clean": lambda result: result.accuracy(CLEAN),
-        **{name: lambda result, name=name: result.mean_accuracy([name]) for name in CORRUPTIONS},
-        "mean of the fifteen": CorruptionResult.mean_accuracy,
-        **{
-            key: lambda result, key=key: result.accuracy(key)
-            for key in (scale_key(scale, factor) for scale in SCALES for factor in FACTORS)
-        },
+        CLEAN: functools.partial(of_key, key=CLEAN),
+        **{name: functools.partial(of_names, names=[name]) for name in CORRUPTIONS},
+        "mean of the fifteen": of_names,
+        **{told(key): functools.partial(of_key, key=key) for key in SCALED},
     }
     rows = [
         [way, *(spread([of(result) for result in results]) for results in networks.values())]
@@ -147,11 +150,11 @@ def _of_seed(results: Sequence[CorruptionResult], one: CorruptionResult) -> list
 
 def severities_table(networks: Mapping[str, Sequence[CorruptionResult]]) -> str:
     """Return the accuracy of each network for each corruption and severity, the mean of the seeds."""
-    rows = [
-        [name, str(severity), *(f"{_mean(results, severity_key(name, severity)):.1f}" for results in networks.values())]
-        for name in CORRUPTIONS
-        for severity in SEVERITIES
-    ]
+    rows = []
+    for name, severity in itertools.product(CORRUPTIONS, SEVERITIES):
+        key = severity_key(name, severity)
+        means = [statistics.mean(result.accuracy(key) for result in results) for results in networks.values()]
+        rows.append([name, str(severity), *(f"{mean:.1f}" for mean in means)])
     return markdown_table(["corruption", "severity", *networks], rows)
 
 
@@ -163,26 +166,18 @@ def spread(values: Sequence[float], style: str = ".1f") -> str:
 
 def card_record(result: CorruptionResult, twin: CorruptionResult | None) -> dict[str, Any]:
     """Return what a card says of a result, accuracies as shares."""
-    scaled = {key: result.accuracy(key) for key in (scale_key(scale, factor) for scale in SCALES for factor in FACTORS)}
     record = {
         "images": result.about["images"],
-        "clean": result.accuracy(CLEAN),
-        "mean": result.mean_accuracy(),
-        "by_corruption": {name: result.mean_accuracy([name]) for name in CORRUPTIONS},
-        "by_light": scaled,
+        "clean": _share(result.accuracy(CLEAN)),
+        "mean": _share(result.mean_accuracy()),
+        "by_corruption": {name: _share(result.mean_accuracy([name])) for name in CORRUPTIONS},
+        "by_light": {key: _share(result.accuracy(key)) for key in SCALED},
     }
-    record = {name: _as_shares(value) if name != "images" else value for name, value in record.items()}
     # A twin that errs nowhere under a corruption gives no ratio.
     if twin is not None and math.isfinite(error := result.corruption_error(twin)):
-        record["corruption_error"] = round(error / 100, 4)
+        record["corruption_error"] = _share(error)
     return record
 
 
-def _as_shares(value: float | Mapping[str, float]) -> float | dict[str, float]:
-    if isinstance(value, Mapping):
-        return {name: _as_shares(part) for name, part in value.items()}
-    return round(value / 100, 4)
-
-
-def _mean(results: Sequence[CorruptionResult], key: str) -> float:
-    return statistics.mean(result.accuracy(key) for result in results)
+def _share(percent: float) -> float:
+    return round(percent / 100, 4)

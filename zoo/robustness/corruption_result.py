@@ -46,7 +46,7 @@ class CorruptionResult:
         """Return the mean accuracy over corruptions and severities, in percent."""
         return 100 * torch.stack([self.shares(name) for name in names]).mean().item()
 
-    def corruption_error(self, twin: "CorruptionResult", names: Sequence[str] = COUNTED) -> float:
+    def corruption_error(self, twin: "CorruptionResult") -> float:
         """Return the mean over corruptions of this network's error by its twin's, over all severities, in percent.
 
         It is infinite or NaN if the twin errs nowhere under one of them.
@@ -54,7 +54,7 @@ class CorruptionResult:
         Source: Hendrycks and Dietterich, Benchmarking Neural Network Robustness to Common Corruptions and
             Perturbations, ICLR 2019, section 4.1, with the twin in place of AlexNet.
         """
-        ratios = [(1 - self.shares(name).mean()) / (1 - twin.shares(name).mean()) for name in names]
+        ratios = [(1 - self.shares(name).mean()) / (1 - twin.shares(name).mean()) for name in COUNTED]
         return 100 * torch.stack(ratios).mean().item()
 
     def difference(self, twin: "CorruptionResult", names: Sequence[str] = COUNTED) -> tuple[float, float, float]:

@@ -138,5 +138,5 @@ def colour_of(name: str, place: int = 0) -> str:
     words = name.split("_")
     if PLAIN in words:
         return "black"
-    kinds = [index for word in words for index, kind in enumerate(MAGNITUDES) if kind == word]
-    return f"C{kinds[0] if kinds else place}"
+    kind = next((word for word in words if word in MAGNITUDES), None)
+    return f"C{place if kind is None else list(MAGNITUDES).index(kind)}"

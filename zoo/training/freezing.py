@@ -37,13 +37,9 @@ def freeze_norms(model: ImageModel) -> None:
     """Let BatchNorm normalise by its running statistics, which stay what they are, until the model is told to train."""
     # The network is trained, so reverting it does not move them back.
     set_movements(model, {})
-    for norm in (*norms_of(model), *uncentred_norms(model)):
+    uncentred = (module for module in model.modules() if isinstance(module, UncentredBatchNorm2d))
+    for norm in (*norms_of(model), *uncentred):
         norm.eval()
-
-
-def uncentred_norms(model: nn.Module) -> list[UncentredBatchNorm2d]:
-    """Return the layers of a network that normalise without a mean."""
-    return [module for module in model.modules() if isinstance(module, UncentredBatchNorm2d)]
 
 
 def drop_gradients(parameters: Iterable[torch.Tensor]) -> None:
