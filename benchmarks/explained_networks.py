@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 import zoo
@@ -56,8 +55,7 @@ def of_checkpoint(name: str, root: str | None) -> Explained:
     data = data_for(name, None, root)
 
     def load() -> tuple[ImageModel, Tensor, Tensor]:
-        pairs = list(data.evaluation_batches("test"))
-        return zoo.load(name), *(torch.cat([pair[place] for pair in pairs]) for place in (0, 1))
+        return zoo.load(name), *data.evenly_spaced("test", len(data.split("test")))
 
     short = Path(name).name
     return Explained(short, read_config(zoo.find(name))["sha256"], data.title, load, GRIDS, CURVE_IMAGES)

@@ -14,7 +14,8 @@ from sklearn.datasets import load_sample_image
 
 from zoo.corruptions.corruption import CORRUPTIONS, SEVERITIES, corrupted
 from zoo.corruptions.helpers import normal, zoomed_lengths
-from zoo.corruptions.weather import FROST, canny
+from zoo.corruptions.spatter import canny
+from zoo.corruptions.weather import FROST
 from zoo.corruptions.weather import _photograph as photograph_of_frost
 from zoo.randomness import key_of, uniform
 

@@ -5,11 +5,11 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.markdown import Markdown
-from rich.progress import Progress, TimeElapsedColumn
 
 import zoo
 from zoo.checkpoints.catalogue import find_local
 from zoo.commands.arguments import OUTPUTS, Commands, add_device, positive
+from zoo.commands.progress import progress
 from zoo.data.measuring import data_for
 from zoo.data.registry import DATA
 from zoo.files import write_whole
@@ -54,12 +54,7 @@ def corruptions(
             find_local(name)
     device = Device.choose(device, compile=False).name
     images = data_for(names[0], data, root)
-    with Progress(*Progress.get_default_columns(), TimeElapsedColumn(), transient=True) as bar:
-        task = bar.add_task("")
-
-        def tell(step: str, done: int, total: int) -> None:
-            bar.update(task, description=step, completed=done, total=total)
-
+    with progress() as (_, tell):
         results = evaluate_corruptions(names, images, limit=limit, device=device, work=to / "work", tell=tell)
     for name, result in zip(names, results, strict=True):
         twin = twin_among(result, results)

@@ -5,10 +5,10 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.markdown import Markdown
-from rich.progress import Progress, TimeElapsedColumn
 
 from zoo.checkpoints.catalogue import find_local
 from zoo.commands.arguments import OUTPUTS, Commands, add_device, pixels, positive
+from zoo.commands.progress import progress
 from zoo.data.registry import DATA
 from zoo.robustness.assessment import Assessment, assess
 from zoo.robustness.protocol import EPS
@@ -60,11 +60,7 @@ def robustness(
     """Attack a checkpoint, show the report, and list the files that were written."""
     settings = {"data": data, "root": root, "attacks": attack, "eps": eps, "transfer": transfer, "record": record}
     settings |= {"limit": limit, "effort_limit": effort_limit, "device": Device.choose(device, compile=False).name}
-    with Progress(*Progress.get_default_columns(), TimeElapsedColumn(), transient=True) as bar:
-        task = bar.add_task("")
-
-        def tell(step: str, done: int, total: int) -> None:
-            bar.update(task, description=step, completed=done, total=total)
+    with progress() as (bar, tell):
 
         def show(found: Assessment) -> None:
             bar.stop()

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from operators.lookup import look_up
-from zoo.corruptions import kinds, weather
+from zoo.corruptions import kinds, spatter, weather
 from zoo.randomness import key_of
 
 SEVERITIES = (1, 2, 3, 4, 5)
@@ -117,7 +117,7 @@ CORRUPTIONS: dict[str, Corruption] = {
     ),
     "gaussian_blur": Corruption(kinds.gaussian_blur, (0.4, 0.6, 0.7, 0.8, 1), (1, 2, 3, 4, 6), spare=True),
     "spatter": Corruption(
-        weather.spatter,
+        spatter.spatter,
         (
             (0.62, 0.1, 0.7, 0.7, 0.5, 0),
             (0.65, 0.1, 0.8, 0.7, 0.5, 0),

@@ -1,5 +1,5 @@
-"""Noise, blurs and digital corruptions of images, as Hendrycks and Dietterich define them; the weather is in
-``zoo.corruptions.weather``.
+"""Noise, blurs and digital corruptions of images, as Hendrycks and Dietterich define them; snow, frost and fog are in
+``zoo.corruptions.weather``, water and mud in ``zoo.corruptions.spatter``.
 
 A function takes the images as levels (float64 in 0..255, (N, C, H, W) with C = 1 or 3), a key for each (int64 (N,)),
 from which all that is drawn follows, and the setting of its severity. It returns levels in the same shape, perhaps
