@@ -21,9 +21,16 @@ def by_family(folder: Path = RESULTS) -> dict[str, list[CorruptionResult]]:
 
 
 def by_network(folder: Path = RESULTS) -> dict[str, list[CorruptionResult]]:
-    """Return the results of networks that were trained with several seeds, by name, plain ones first."""
+    """Return the results of networks that were trained with several seeds, by name.
+
+    Those of the published recipes come first, and plain ones before others.
+    """
     found: dict[str, list[CorruptionResult]] = {}
-    paths = sorted(folder.glob("seed_*/*.json"), key=lambda path: (not is_plain(path.stem), path.stem, path.parent))
+
+    def order(path: Path) -> tuple[bool, bool, str, Path]:
+        return not path.stem.startswith(tuple(FAMILIES)), not is_plain(path.stem), path.stem, path.parent
+
+    paths = sorted(folder.glob("seed_*/*.json"), key=order)
     for path in paths:
         found.setdefault(path.stem, []).append(CorruptionResult.read(path))
     return found
@@ -38,23 +45,18 @@ def corruption_blocks() -> dict[str, str]:
         named = {result.about["checkpoint"].removeprefix(f"{family}_"): [result] for result in results or ()}
         texts = [overview(results), seeds_table(named)] if results else [NOT_MEASURED]
         blocks[f"corruptions_{family}"] = "\n\n".join(texts)
-    blocks["corruption_seeds"] = seeds_table(networks) if networks else NOT_MEASURED
-    blocks["corruption_pairs"] = pairs_table(networks) if networks else NOT_MEASURED
-    blocks["corruption_severities"] = severities_table(networks) if networks else NOT_MEASURED
-    blocks["bad_light"] = light_table(in_bad_light())
-    return blocks
+    return blocks | {
+        "corruption_seeds": seeds_table(networks),
+        "corruption_pairs": pairs_table(networks),
+        "corruption_severities": severities_table(networks),
+        "bad_light": light_table(networks),
+    }
 
 
 def draw_corruptions() -> list[Path]:
     """Draw the pictures of the pages; return the files."""
-    plot_light(in_bad_light(), LIGHT_PICTURE)
+    plot_light(short_names(by_network()), LIGHT_PICTURE)
     return [LIGHT_PICTURE]
-
-
-def in_bad_light() -> dict[str, Sequence[CorruptionResult]]:
-    """Return the networks of which the page on bad light tells: those of several seeds, or else the embedded ones."""
-    embedded = {result.about["checkpoint"]: [result] for result in by_family().get(FAMILIES[0], ())}
-    return short_names(by_network() or embedded)
 
 
 def short_names(networks: Mapping[str, Sequence[CorruptionResult]]) -> dict[str, Sequence[CorruptionResult]]:

@@ -56,6 +56,8 @@ def _compared(result: CorruptionResult, twin: CorruptionResult | None, names: Se
 
 def signed(mean: float, low: float, high: float) -> str:
     """Return a difference with its interval."""
+    # Added to -0.0, 0.0 gives 0.0.
+    mean, low, high = (round(value, 1) + 0.0 for value in (mean, low, high))
     return f"{mean:+.1f} ({low:+.1f} to {high:+.1f})"
 
 
@@ -161,7 +163,7 @@ def severities_table(networks: Mapping[str, Sequence[CorruptionResult]]) -> str:
 def spread(values: Sequence[float], style: str = ".1f") -> str:
     """Return the mean of values of several seeds, and their standard deviation."""
     deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):{style}}{deviation}"
+    return f"{round(statistics.mean(values), 1) + 0.0:{style}}{deviation}"
 
 
 def card_record(result: CorruptionResult, twin: CorruptionResult | None) -> dict[str, Any]:
