@@ -94,6 +94,7 @@ def draw(record: Mapping[str, Mapping[str, Any]], path: Path) -> None:
     panels[2].plot([], [], "k:", label=f"contrast × {CONTRAST}")
     panels[2].set_xlabel("cos θ")
     panels[2].set_title(f"cosines of {DRAWN}, share", fontsize=10)
+    panels[2].set_ylim(0, 1.25 * panels[2].get_ylim()[1])
     panels[2].legend(frameon=False, fontsize=8, loc="upper left")
     panels[0].legend(frameon=False, fontsize=8)
     write_figure(figure, path)
