@@ -795,5 +795,6 @@ def test_each_family_has_the_commands_that_are_told_of_it():
         parser = command_line.command_parser([family])
         (commands,) = (action for action in parser._actions if action.choices)
         assert set(commands.choices) == {*names, *command_line.TRAINING}
-    files = {file.stem for file in (ROOT / "zoo/commands").glob("*.py")} - {"__init__", "arguments", "console"}
+    shared = {"__init__", "arguments", "console", "progress"}
+    files = {file.stem for file in (ROOT / "zoo/commands").glob("*.py")} - shared
     assert files == set(command_line.FAMILIES)
